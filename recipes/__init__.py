@@ -1,0 +1,1 @@
+"""Ready recipes. They import the library; the library never imports them."""

@@ -1,0 +1,1 @@
+"""BERT-Large on SQuAD, sparse and dense."""

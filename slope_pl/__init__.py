@@ -1,0 +1,59 @@
+"""Train transformers with 2:4 sparse weights from the first step to the last: SLoPe for PyTorch Lightning.
+
+The method: Mozaffari, Yazdanbakhsh, Zhang, Mehri Dehnavi, "SLoPe: Double-Pruned Sparse Plus Lazy Low-Rank Adapter
+Pretraining of LLMs", ICLR 2025, arXiv 2405.16325. Importing registers the strategies ``slope`` and ``slope_ddp``.
+"""
+
+from importlib.metadata import version
+
+__version__ = version("slope_pl")
+
+from slope_pl.config import SLoPeConfig
+from slope_pl.errors import (
+    BackendUnavailableError,
+    CheckpointError,
+    ConfigError,
+    ConversionError,
+    ScheduleError,
+    SLoPeError,
+)
+from slope_pl.lightning import (
+    SLoPeCallback,
+    SLoPeDDPStrategy,
+    SLoPeLightningModule,
+    SLoPeSingleDeviceStrategy,
+    SLoPeStrategy,
+)
+from slope_pl.nn import (
+    SparseLinear,
+    SparsityReport,
+    dense_state_dict,
+    densify,
+    sparse_layers,
+    sparsify,
+    sparsity_report,
+    wake_adapters,
+)
+
+__all__ = [
+    "BackendUnavailableError",
+    "CheckpointError",
+    "ConfigError",
+    "ConversionError",
+    "SLoPeCallback",
+    "SLoPeConfig",
+    "SLoPeDDPStrategy",
+    "SLoPeError",
+    "SLoPeLightningModule",
+    "SLoPeSingleDeviceStrategy",
+    "SLoPeStrategy",
+    "ScheduleError",
+    "SparseLinear",
+    "SparsityReport",
+    "dense_state_dict",
+    "densify",
+    "sparse_layers",
+    "sparsify",
+    "sparsity_report",
+    "wake_adapters",
+]

@@ -1,0 +1,142 @@
+"""Everything that can be set about the method, in one validated place."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from slope_pl.errors import ConfigError
+from slope_pl.ops.backends import BACKEND_NAMES, BackendName
+from slope_pl.sparsity import MASK_KINDS, MaskKind
+
+DEFAULT_ADAPTER_START = 0.99
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLoPeConfig:
+    """How a model is made sparse and trained.
+
+    Args:
+        mask: how the forward mask is chosen at conversion. ``magnitude`` (the paper's): the two largest of four.
+            ``random``: any two of four. ``transposable``: the best 4x4 tiles that are 2:4 along both dimensions, so that
+            the input gradient is exact and the re-setup has nothing to do.
+        seed: for random masks and the adapters' initial values; each layer derives its own from it and its name, so that
+            all ranks agree and the global random state is left alone.
+        backward_refresh_steps: optimizer steps between two choices of the double-pruned weight's columns. 100 is the
+            paper's; 1 re-chooses at every step; None never does.
+        adapter_rank: rank of the low-rank adapters in every sparse layer; 0 for none. The paper uses 4, 16 and 64 for
+            BERT-Large, 4 and 16 for GPT2-Small.
+        adapter_rank_fraction: the rank as a fraction of the hidden size, which is the smaller side of each layer
+            (0.0625 is 64 at 1024), at least 1. Instead of ``adapter_rank``.
+        adapter_start: the fraction of all optimizer steps after which the adapters wake; 0.99 leaves them the last 1 %.
+        adapter_start_step: the optimizer step at which they wake, instead of a fraction; needed where the number of
+            steps is unknown (``max_time`` alone, an endless data set).
+        include: which linear layers become sparse: shell patterns on qualified names (``encoder.layer.*``). Empty means
+            all. A pattern without wildcards is an explicit request: it overrides the rule for first layers and heads,
+            and an ineligible layer is then an error.
+        exclude: patterns of layers that stay dense, whatever ``include`` says.
+        keep_first_dense: the first linear layer after the input (with its query, key and value siblings) stays dense.
+        keep_heads_dense: output heads stay dense.
+        backend: ``auto`` takes the fastest that runs on the device; a backend asked for by name runs or raises.
+
+    Raises:
+        ConfigError: if a value is out of range or two settings contradict each other.
+    """
+
+    mask: MaskKind = "magnitude"
+    seed: int = 0
+    backward_refresh_steps: int | None = 100
+    adapter_rank: int = 0
+    adapter_rank_fraction: float | None = None
+    adapter_start: float = DEFAULT_ADAPTER_START
+    adapter_start_step: int | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    keep_first_dense: bool = True
+    keep_heads_dense: bool = True
+    backend: BackendName = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        _one_of("mask", self.mask, MASK_KINDS)
+        _one_of("backend", self.backend, BACKEND_NAMES)
+        _integer("seed", self.seed, 0)
+        if self.backward_refresh_steps is not None:
+            _integer("backward_refresh_steps", self.backward_refresh_steps, 1, "; None never re-chooses the columns")
+        _integer("adapter_rank", self.adapter_rank, 0, "; 0 means no adapters")
+        if self.adapter_rank_fraction is not None:
+            _fraction("adapter_rank_fraction", self.adapter_rank_fraction, "leave it out for no adapters")
+            if self.adapter_rank:
+                raise ConfigError(
+                    f"adapter_rank={self.adapter_rank} and adapter_rank_fraction={self.adapter_rank_fraction} are both "
+                    "set; give one of them"
+                )
+        _fraction("adapter_start", self.adapter_start, "0.99 wakes the adapters for the last 1 % of the steps")
+        if self.adapter_start_step is not None:
+            _integer("adapter_start_step", self.adapter_start_step, 0)
+            if self.adapter_start != DEFAULT_ADAPTER_START:
+                raise ConfigError(
+                    f"adapter_start={self.adapter_start} and adapter_start_step={self.adapter_start_step} are both set; "
+                    "give one of them"
+                )
+        if not self.has_adapters and (
+            self.adapter_start_step is not None or self.adapter_start != DEFAULT_ADAPTER_START
+        ):
+            raise ConfigError(
+                f"adapter_start={self.adapter_start}, adapter_start_step={self.adapter_start_step} have no effect without "
+                "adapters; set adapter_rank (or adapter_rank_fraction), or leave the start out"
+            )
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether sparse layers get low-rank adapters."""
+        return self.adapter_rank > 0 or self.adapter_rank_fraction is not None
+
+    def rank_for(self, d_out: int, d_in: int) -> int:
+        """Adapter rank of a layer of that shape; 0 without adapters."""
+        if self.adapter_rank_fraction is None:
+            return self.adapter_rank
+        return max(1, round(self.adapter_rank_fraction * min(d_out, d_in)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists: safe in a checkpoint that is read with ``weights_only=True``."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> "SLoPeConfig":
+        """The config of a mapping such as :meth:`to_dict` makes; an unknown key is a :class:`ConfigError`."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(settings) - set(known))
+        if unknown:
+            raise ConfigError(f"unknown SLoPe setting {', '.join(map(repr, unknown))}; known are {', '.join(known)}")
+        return cls(**settings)
+
+
+def as_config(value: "SLoPeConfig | Mapping[str, Any] | None") -> SLoPeConfig | None:
+    """A config, a mapping of its fields, or None, as a config or None."""
+    if value is None or isinstance(value, SLoPeConfig):
+        return value
+    if isinstance(value, Mapping):
+        return SLoPeConfig.from_dict(value)
+    raise ConfigError(f"a SLoPeConfig, a mapping of its fields or None is expected, got {type(value).__name__}")
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
+
+
+def _integer(name: str, value: Any, least: int, hint: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name}={value!r}: an integer of at least {least} is expected{hint}")
+
+
+def _fraction(name: str, value: Any, hint: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ConfigError(f"{name}={value!r}: a fraction above 0 and at most 1 is expected; {hint}")
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not all(isinstance(pattern, str) and pattern for pattern in value):
+        raise ConfigError(f"{name}={value!r}: a list of patterns is expected, for example ['encoder.layer.*']")
+    return tuple(value)

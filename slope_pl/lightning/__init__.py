@@ -1,0 +1,13 @@
+"""The method inside Lightning: callback, module and strategies."""
+
+from slope_pl.lightning.callback import SLoPeCallback
+from slope_pl.lightning.module import SLoPeLightningModule
+from slope_pl.lightning.strategies import SLoPeDDPStrategy, SLoPeSingleDeviceStrategy, SLoPeStrategy
+
+__all__ = [
+    "SLoPeCallback",
+    "SLoPeDDPStrategy",
+    "SLoPeLightningModule",
+    "SLoPeSingleDeviceStrategy",
+    "SLoPeStrategy",
+]

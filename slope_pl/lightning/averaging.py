@@ -1,0 +1,26 @@
+"""Keeping weight averaging away from the masks.
+
+``WeightAveraging`` and ``EMAWeightAveraging`` average buffers by default, integers too, and an averaged index byte is no
+index: 0.999 * 68 + 0.001 * 68 truncates to 67. The averaged model shares the live model's masks, so they are copied over
+before anything reads them.
+"""
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+
+from slope_pl.nn import sparse_layers
+
+
+@torch.no_grad()
+def share_masks_with_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Give every averaged model that a callback of this trainer keeps the index buffers and phase of the live one."""
+    averages = [callback._average_model for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore[attr-defined]
+    live = sparse_layers(pl_module)
+    for average in averages:
+        if average is None:
+            continue
+        for name, layer in sparse_layers(average.module).items():
+            source = live[name]
+            for buffer, current in zip(layer.buffers(), source.buffers(), strict=True):
+                buffer.copy_(current)

@@ -1,0 +1,239 @@
+"""SLoPeCallback: the method's schedule, for any ``lightning.pytorch`` Trainer and any LightningModule."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from slope_pl.config import SLoPeConfig, as_config
+from slope_pl.errors import ScheduleError
+from slope_pl.lightning.averaging import share_masks_with_averages
+from slope_pl.lightning.schedule import adapter_start_step, has_time_limit, planned_steps
+from slope_pl.nn import SparseLinear, sparsify, sparsity_report
+
+CHECKPOINT_KEY = "slope_pl"
+FORMAT_VERSION = 1
+
+# Re-set at every step or nearly, a line each time would bury everything else on the screen.
+_RARE_ENOUGH_TO_PRINT = 5
+
+
+class SLoPeCallback(pl.Callback):
+    """Makes the model 2:4 sparse before training and drives the method's schedule.
+
+    * ``setup``: converts the model in place, before weights are restored and optimizers are made.
+    * every ``backward_refresh_steps`` optimizer steps: chooses the columns of the double-pruned weights anew.
+    * at ``adapter_start``: wakes the adapters, and rebuilds DDP so that their gradients are averaged.
+
+    Steps are ``trainer.global_step``: gradient accumulation counts optimizer steps, and with manual optimization the steps
+    of all optimizers add up. To the trainer's loggers it writes ``slope/backward_churn``, ``slope/forward_density``,
+    ``slope/backward_density``, ``slope/adapters_awake``, ``slope/adapter_down_norm`` and ``slope/adapter_up_norm``. Put it
+    before averaging callbacks, which copy the model in their own ``setup``.
+
+    Args:
+        config: what to do; default is the module's own ``slope_config`` if it has one, else ``SLoPeConfig()``. A mapping
+            of the config's fields is taken as well.
+
+    Raises:
+        ScheduleError: at the start of training, if the number of steps is unknown and ``adapter_start_step`` is not set,
+            or weights are missing from the optimizers.
+        ConversionError: in ``setup``, see :func:`slope_pl.sparsify`.
+    """
+
+    def __init__(self, config: SLoPeConfig | None = None) -> None:
+        self.config = as_config(config)
+        self.resetups = 0
+        self.woke_at_step: int | None = None
+        self.start_step: int | None = None
+        self._last_resetup_step = 0
+        self._layers: dict[str, SparseLinear] = {}
+
+    # ------------------------------------------------------------------------------------------------ before training
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Convert the model; before the restore of a checkpoint, which needs the sparse layers to be there."""
+        check_strategy(trainer.strategy)
+        if self.config is None:
+            self.config = as_config(getattr(pl_module, "slope_config", None)) or SLoPeConfig()
+        if is_overridden("configure_model", pl_module):
+            # Lightning calls it right after this hook, and again before each stage: by contract a second call does
+            # nothing. Its contexts are entered here too, so that dtype and device come out the same.
+            with (
+                trainer.strategy.tensor_init_context(),
+                trainer.strategy.model_sharded_context(),
+                trainer.precision_plugin.module_init_context(),
+            ):
+                pl_module.configure_model()
+        self._layers = sparsify(pl_module, self.config)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Fix the schedule, check that the optimizers hold the weights, say what will happen."""
+        config = self._config
+        total = planned_steps(trainer)
+        self.start_step = adapter_start_step(config, total)
+        _check_optimizers(trainer, self._layers)
+        report = sparsity_report(pl_module)
+        self._log(trainer, forward_density=report.forward_density, backward_density=report.backward_density)
+        pl_module.print(
+            f"SLoPe: {report.sparse_layers} linear layers are 2:4 ({config.mask} mask), {report.dense_layers} stay dense; "
+            f"{report.kept_parameters:,} kept values for {report.kept_parameters + report.pruned_entries:,} weights; "
+            + self._plan(total)
+        )
+        if self.start_step is not None and has_time_limit(trainer) and config.adapter_start_step is None:
+            pl_module.print(
+                f"SLoPe: max_time may end training before the adapters wake at step {self.start_step}; "
+                "adapter_start_step sets an earlier one."
+            )
+
+    def _plan(self, total: float) -> str:
+        config = self._config
+        if config.mask == "transposable":
+            refresh = "the backward mask is the forward mask, nothing to re-set"
+        elif config.backward_refresh_steps is None:
+            refresh = "backward masks are never re-set"
+        else:
+            refresh = f"backward masks re-set every {config.backward_refresh_steps} steps"
+        if self.start_step is None:
+            return f"{refresh}; no adapters."
+        ranks = sorted({layer.adapter_rank for layer in self._layers.values()})
+        return f"{refresh}; adapters of rank {', '.join(map(str, ranks))} wake at step {self.start_step} of {total:g}."
+
+    # ------------------------------------------------------------------------------------------------ the schedule
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Act on the first micro-batch after an optimizer step: after the update, before the next forward."""
+        step = trainer.global_step
+        if self._due_for_resetup(step):
+            self._reset_backward_masks(trainer, pl_module, step)
+        if self.start_step is not None and self.woke_at_step is None and step >= self.start_step:
+            self._wake(trainer, pl_module, step)
+        elif self.woke_at_step is not None and step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._log_adapter_norms(trainer)
+
+    def _due_for_resetup(self, step: int) -> bool:
+        every = self._config.backward_refresh_steps
+        if every is None or self._config.mask == "transposable":
+            return False
+        return step > self._last_resetup_step and step % every == 0
+
+    def _reset_backward_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        churn = torch.stack([layer.refresh_backward_mask() for layer in self._layers.values()]).mean().item()
+        self.resetups += 1
+        self._last_resetup_step = step
+        self._log(trainer, backward_churn=churn)
+        every = self._config.backward_refresh_steps or 0
+        rare = every >= _RARE_ENOUGH_TO_PRINT
+        if rare or self.resetups == 1:
+            note = "" if rare else " (the logger has the further ones)"
+            pl_module.print(f"SLoPe: step {step}: backward masks re-set, {churn:.2%} of their entries changed{note}.")
+
+    def _wake(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        woke = sum(layer.wake_adapters() for layer in self._layers.values())
+        self.woke_at_step = step
+        rebuild_ddp(trainer.strategy)
+        self._log(trainer, adapters_awake=1.0)
+        self._log_adapter_norms(trainer)
+        pl_module.print(f"SLoPe: step {step}: adapters of {woke} layers are awake.")
+
+    # ------------------------------------------------------------------------------------------------ around training
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Before an averaging callback swaps its weights in."""
+        share_masks_with_averages(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Before an averaging callback copies its weights over; says so if the adapters never woke."""
+        share_masks_with_averages(trainer, pl_module)
+        if self.start_step is not None and self.woke_at_step is None:
+            pl_module.print(
+                f"SLoPe: training ended at step {trainer.global_step}, before the adapters' step {self.start_step}: they "
+                "never woke, the result is the sparse model without them."
+            )
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Mark the file as a sparse model's, with all that is needed to rebuild it."""
+        from slope_pl import __version__
+
+        share_masks_with_averages(trainer, pl_module)
+        checkpoint[CHECKPOINT_KEY] = {
+            "format": FORMAT_VERSION,
+            "version": __version__,
+            "config": self._config.to_dict(),
+            "layers": list(self._layers),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters of the schedule; the adapters' phase lives in the model's own state."""
+        return {
+            "resetups": self.resetups,
+            "last_resetup_step": self._last_resetup_step,
+            "woke_at_step": self.woke_at_step,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the saved schedule."""
+        self.resetups = state_dict["resetups"]
+        self._last_resetup_step = state_dict["last_resetup_step"]
+        self.woke_at_step = state_dict["woke_at_step"]
+
+    # ------------------------------------------------------------------------------------------------ helpers
+
+    @property
+    def _config(self) -> SLoPeConfig:
+        assert self.config is not None, "setup() sets it"
+        return self.config
+
+    def _log(self, trainer: pl.Trainer, **metrics: float) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics({f"slope/{name}": value for name, value in metrics.items()}, step=trainer.global_step)
+
+    def _log_adapter_norms(self, trainer: pl.Trainer) -> None:
+        def norm(tensors: list[nn.Parameter | None]) -> float:
+            norms = [t.detach().float().norm() for t in tensors if t is not None]
+            return torch.stack(norms).norm().item()
+
+        layers = self._layers.values()
+        self._log(
+            trainer,
+            adapter_down_norm=norm([layer.adapter_down for layer in layers]),
+            adapter_up_norm=norm([layer.adapter_up for layer in layers]),
+        )
+
+
+def check_strategy(strategy: Any) -> None:
+    """Raise unless the strategy is one that sparse training has been shown to be right under."""
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        raise ScheduleError(
+            f"{type(strategy).__name__} is not supported: sparse training runs on a single device or under DDP. Use "
+            "strategy='auto', 'ddp', 'slope' or 'slope_ddp'."
+        )
+
+
+def rebuild_ddp(strategy: Any) -> None:
+    """Wrap the model anew: a reducer made while parameters were frozen ignores them, and ranks drift apart unseen."""
+    if isinstance(strategy.model, DistributedDataParallel):
+        strategy.model = strategy.lightning_module
+        strategy.configure_ddp()
+
+
+def _check_optimizers(trainer: pl.Trainer, layers: dict[str, SparseLinear]) -> None:
+    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    for name, layer in layers.items():
+        if not layer.values.requires_grad:
+            continue
+        for label in ("values", "adapter_down", "adapter_up"):
+            parameter = getattr(layer, label)
+            if parameter is not None and id(parameter) not in held:
+                raise ScheduleError(
+                    f"{name}.{label} is in no optimizer and would never be trained. Give the optimizer all parameters of "
+                    "the converted model: do not filter by requires_grad (sleeping adapters are frozen until they wake), "
+                    "and make the optimizer in configure_optimizers."
+                )

@@ -1,0 +1,72 @@
+"""SLoPeLightningModule: a LightningModule that is sparse by construction."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+
+from slope_pl.config import SLoPeConfig, as_config
+from slope_pl.errors import CheckpointError
+from slope_pl.lightning.callback import CHECKPOINT_KEY, FORMAT_VERSION, SLoPeCallback
+from slope_pl.nn import sparsify
+
+
+class SLoPeLightningModule(pl.LightningModule):
+    """Base class, or mixin before another LightningModule, that converts itself in ``configure_model``.
+
+    Converting there makes ``load_from_checkpoint``, ``validate`` and ``predict`` work on sparse checkpoints. A
+    :class:`SLoPeCallback` is added to the Trainer unless there is one. With ``slope=None`` the module stays dense: the
+    dense sibling of a sparse recipe is the same class.
+
+    A subclass that builds its net in ``configure_model`` builds it first and then calls ``super().configure_model()``.
+
+    Args:
+        *args: passed on, for use as a mixin.
+        slope: a :class:`SLoPeConfig`, a mapping of its fields (as in a checkpoint), or None for a dense model.
+        **kwargs: passed on, for use as a mixin.
+    """
+
+    def __init__(self, *args: Any, slope: SLoPeConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.slope_config = as_config(slope)
+
+    def configure_model(self) -> None:
+        """Make the model sparse; Lightning calls this before every stage, only the first call finds work."""
+        super().configure_model()
+        if self.slope_config is not None:
+            sparsify(self, self.slope_config)
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """A :class:`SLoPeCallback` for this module's config, unless the Trainer has one."""
+        given = super().configure_callbacks()
+        callbacks = [given] if isinstance(given, pl.Callback) else list(given)
+        present = any(isinstance(callback, SLoPeCallback) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if self.slope_config is not None and not present:
+            callbacks.insert(0, SLoPeCallback(self.slope_config))
+        return callbacks
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the hyperparameters free of classes, so that the file loads with ``weights_only=True``."""
+        super().on_save_checkpoint(checkpoint)
+        hparams = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
+        if hparams:
+            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {
+                key: value.to_dict() if isinstance(value, SLoPeConfig) else value for key, value in hparams.items()
+            }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of the other kind, dense or sparse, before any of it is read."""
+        super().on_load_checkpoint(checkpoint)
+        mark = checkpoint.get(CHECKPOINT_KEY)
+        if mark is None:
+            return
+        if mark["format"] > FORMAT_VERSION:
+            raise CheckpointError(
+                f"the checkpoint has format {mark['format']} (slope_pl {mark['version']}); this slope_pl reads up to "
+                f"{FORMAT_VERSION}: update it"
+            )
+        if self.slope_config is None:
+            raise CheckpointError(
+                f"the checkpoint is of a 2:4 sparse model ({len(mark['layers'])} sparse layers), but this model is dense: "
+                "use the sparse configuration (slope=SLoPeConfig(...)), or export the checkpoint to dense weights first"
+            )

@@ -1,0 +1,92 @@
+"""SLoPeStrategy: sparse training by the name of a strategy. The behaviour itself lives in callback and module."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
+
+from slope_pl.config import SLoPeConfig, as_config
+from slope_pl.errors import ConfigError
+from slope_pl.lightning.callback import SLoPeCallback
+
+
+class SLoPeStrategy:
+    """Mixin over Lightning's strategies: puts a :class:`SLoPeCallback` first among the callbacks if there is none.
+
+    A mixin with static subclasses, not a wrapper: Lightning decides by ``isinstance`` what a strategy can do.
+
+    Args:
+        *args: of the strategy.
+        config: for the callback; a mapping of the config's fields is taken as well. Leave it out where the Trainer has a
+            callback, or the module a ``slope_config``, of its own.
+        **kwargs: of the strategy.
+
+    Raises:
+        ConfigError: when training begins, if the callback that is there has another config.
+    """
+
+    def __init__(self, *args: Any, config: SLoPeConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.slope_config = as_config(config)
+
+    def connect(self, model: pl.LightningModule) -> None:
+        """Add the callback; runs before ``Callback.setup``."""
+        super().connect(model)  # type: ignore[misc]
+        callbacks: list[pl.Callback] = model.trainer.callbacks  # type: ignore[attr-defined]
+        present = next((callback for callback in callbacks if isinstance(callback, SLoPeCallback)), None)
+        if present is None:
+            # First: callbacks that copy the model in their setup must see the converted layers.
+            callbacks.insert(0, SLoPeCallback(self.slope_config))
+        elif self.slope_config is not None:
+            if present.config is None:
+                present.config = self.slope_config
+            elif present.config != self.slope_config:
+                raise ConfigError(
+                    f"the strategy's config {self.slope_config} and the callback's {present.config} differ; set one of them"
+                )
+
+
+class SLoPeSingleDeviceStrategy(SLoPeStrategy, SingleDeviceStrategy):
+    """Sparse training on one device, registered as ``slope``."""
+
+    def __init__(
+        self,
+        device: torch.device | str | int | None = None,
+        *args: Any,
+        config: SLoPeConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._devices: list[torch.device] | None = None if device is None else [torch.device(device)]
+        super().__init__("cpu" if device is None else device, *args, config=config, **kwargs)
+
+    @property
+    def parallel_devices(self) -> list[torch.device] | None:
+        """The Trainer's devices. Lightning fills them in here, since a registered name carries no device."""
+        return self._devices
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device] | None) -> None:
+        if devices is not None and len(devices) > 1:
+            raise ConfigError(
+                f"strategy='slope' drives one device, but devices={len(devices)}: use strategy='slope_ddp'"
+            )
+        self._devices = devices
+
+    @property
+    def root_device(self) -> torch.device:
+        """The Trainer's device; Lightning's own registered ``single_device`` would stay on the CPU."""
+        return self._devices[0] if self._devices else self._root_device
+
+
+class SLoPeDDPStrategy(SLoPeStrategy, DDPStrategy):
+    """Sparse training on many devices, registered as ``slope_ddp``; gradients of kept values are half as large."""
+
+    def configure_ddp(self) -> None:
+        """Wrap the model; one process alone trains it bare, without a reducer."""
+        if self.world_size > 1:
+            super().configure_ddp()
+
+
+for _name, _strategy in (("slope", SLoPeSingleDeviceStrategy), ("slope_ddp", SLoPeDDPStrategy)):
+    StrategyRegistry.register(_name, _strategy, description=_strategy.__doc__ or "", override=True)

@@ -1,0 +1,24 @@
+"""The sparse layer and the surgery that puts it into a model."""
+
+from slope_pl.nn.freshness import invalidate_operands
+from slope_pl.nn.report import SparsityReport, sparsity_report
+from slope_pl.nn.selection import choose_layers, is_head, is_linear
+from slope_pl.nn.sparse_linear import SparseLinear, why_ineligible
+from slope_pl.nn.surgery import dense_state_dict, densify, layer_seed, sparse_layers, sparsify, wake_adapters
+
+__all__ = [
+    "SparseLinear",
+    "SparsityReport",
+    "choose_layers",
+    "dense_state_dict",
+    "densify",
+    "invalidate_operands",
+    "is_head",
+    "is_linear",
+    "layer_seed",
+    "sparse_layers",
+    "sparsify",
+    "sparsity_report",
+    "wake_adapters",
+    "why_ineligible",
+]

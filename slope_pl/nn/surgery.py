@@ -1,0 +1,161 @@
+"""Making a model sparse, and dense again: pure surgery, in place, by qualified name."""
+
+import logging
+import zlib
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from slope_pl.config import SLoPeConfig
+from slope_pl.errors import ConversionError
+from slope_pl.nn.selection import all_names, choose_layers
+from slope_pl.nn.sparse_linear import SparseLinear
+
+log = logging.getLogger(__name__)
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
+    """The sparse layers of a model by qualified name; a shared one once, under its first name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+def sparsify(model: nn.Module, config: SLoPeConfig | None = None) -> dict[str, SparseLinear]:
+    """Replace the linear layers of a model by 2:4 sparse ones, in place.
+
+    Which ones is :mod:`slope_pl.nn.selection`'s rule. Call it before the optimizer is made and before the model is wrapped
+    for distribution. A second call finds nothing to do and returns the same mapping. Layers that stay dense are logged,
+    one line a reason, at level INFO.
+
+    Args:
+        model: any module; Parameters of biases and everything else are kept as they are.
+        config: defaults to ``SLoPeConfig()``.
+
+    Returns:
+        qualified name -> layer, every sparse layer of the model.
+
+    Raises:
+        ConversionError: if no layer matches, a pattern matches nothing, an explicit request cannot be met, the model is
+            wrapped or sharded already, or it is sparse already by another configuration.
+    """
+    config = config or SLoPeConfig()
+    _refuse_wrapped(model)
+    existing = sparse_layers(model)
+    for name, layer in existing.items():
+        if layer.config != config:
+            raise ConversionError(
+                f"layer {name!r} is sparse already, with {_differences(layer.config, config)}; use one configuration, or "
+                "densify the model first"
+            )
+    if existing:
+        return existing
+    choices = choose_layers(model, config)
+    if not choices:
+        raise ConversionError(f"{type(model).__name__} has no linear layer to make sparse")
+    chosen = {id(c.module): c.name for c in choices if c.reason is None}
+    _log_dense_layers([(c.name, c.reason) for c in choices if c.reason is not None])
+    if not chosen:
+        reasons = "; ".join(f"{c.name}: {c.reason}" for c in choices[:6])
+        raise ConversionError(
+            f"none of the {len(choices)} linear layers of {type(model).__name__} can be sparse: {reasons}"
+        )
+    made: dict[int, SparseLinear] = {}
+    for name, old in list(all_names(model)):
+        if id(old) in chosen:
+            if id(old) not in made:
+                made[id(old)] = SparseLinear.from_linear(old, config, layer_seed(config.seed, chosen[id(old)]))
+            _replace(model, name, made[id(old)])
+    return sparse_layers(model)
+
+
+@torch.no_grad()
+def densify(model: nn.Module) -> dict[str, nn.Module]:
+    """Replace the sparse layers of a model by dense ones, in place: the inverse of :func:`sparsify`.
+
+    Pruned weights are zeros in place; awake adapters are added into the weight (which then is no longer 2:4), sleeping
+    ones are dropped. A layer that was a Hugging Face ``Conv1D`` becomes one again. A dense model is left as it is.
+
+    Returns:
+        qualified name -> new dense layer, one entry a replaced module; empty if there was none.
+
+    Raises:
+        ConversionError: if the model is wrapped for distribution.
+    """
+    _refuse_wrapped(model)
+    made: dict[int, nn.Module] = {}
+    result: dict[str, nn.Module] = {}
+    for name, old in list(all_names(model)):
+        if isinstance(old, SparseLinear):
+            if id(old) not in made:
+                made[id(old)] = result[name] = old.to_dense()
+            _replace(model, name, made[id(old)])
+    return result
+
+
+def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict that the model would have if it were dense; the model stays as it is.
+
+    Names are those of the dense model (``layer.weight``), tensors are detached; awake adapters are added in.
+    """
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    for prefix, layer in all_names(model):
+        if isinstance(layer, SparseLinear):
+            own = f"{prefix}." if prefix else ""
+            for name in layer.state_dict():
+                if name != "bias":
+                    del state[own + name]
+            weight = layer.weight
+            state[own + "weight"] = weight.t().contiguous() if layer.transposed else weight
+    return state
+
+
+def wake_adapters(model: nn.Module) -> int:
+    """Wake the adapters of every sparse layer; returns how many layers woke."""
+    return sum(layer.wake_adapters() for layer in sparse_layers(model).values())
+
+
+def layer_seed(seed: int, name: str) -> int:
+    """A layer's own seed: from the configured one and the qualified name, alike on every rank and machine."""
+    return (seed << 32) ^ zlib.crc32(name.encode())
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    if not name:
+        raise ConversionError(
+            "the model itself is a linear layer: use SparseLinear.from_linear, or wrap it in a module"
+        )
+    setattr(model.get_submodule(parent), child, new)
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, DistributedDataParallel | FullyShardedDataParallel | FSDPModule):
+            raise ConversionError(
+                f"{name or 'the model'} is wrapped as {type(module).__name__} already: change layers before distribution"
+            )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ConversionError(f"parameter {name!r} is sharded already (DTensor): change layers before fully_shard")
+
+
+def _differences(old: SLoPeConfig, new: SLoPeConfig) -> str:
+    a, b = old.to_dict(), new.to_dict()
+    return ", ".join(f"{key}={a[key]!r} instead of {b[key]!r}" for key in a if a[key] != b[key])
+
+
+def _log_dense_layers(dense: list[tuple[str, str]]) -> None:
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for name, reason in dense:
+        by_reason[reason].append(name)
+    for reason, names in by_reason.items():
+        log.info(
+            "%d linear layer%s dense: %s: %s",
+            len(names),
+            " stays" if len(names) == 1 else "s stay",
+            reason,
+            ", ".join(names),
+        )

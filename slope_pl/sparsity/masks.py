@@ -1,0 +1,159 @@
+"""Forward masks: which two of every four weights live, chosen once at initialisation (paper, section 3.1).
+
+A mask has the shape of the weight, ``(d_out, d_in)``, and is ``True`` where the weight is *kept*. Groups of four run along
+``d_in``, the reduction dimension of the forward product, as the sparse tensor cores require.
+"""
+
+import itertools
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+MaskKind = Literal["magnitude", "random", "transposable"]
+MASK_KINDS: tuple[str, ...] = get_args(MaskKind)
+
+# Scoring a 4x4 tile against all 90 patterns takes 90 float64 per 16 weights: tiles are scored in slices of this many,
+# which bounds the scratch memory at 47 MB whatever the layer.
+_TILES_AT_ONCE = 1 << 16
+
+
+def keep_two_of_four(key: Tensor) -> Tensor:
+    """Mark the two largest keys of every four along the last dimension.
+
+    Exactly two are marked whatever the keys are: ties go to the lower index, and NaN counts as the largest key, so that a
+    weight that became NaN stays visible instead of being pruned away.
+
+    Args:
+        key: ``(..., d)`` of any floating dtype, ``d`` a multiple of 4.
+
+    Returns:
+        bool ``(..., d)``.
+
+    Raises:
+        ValueError: if ``d`` is not a multiple of 4.
+    """
+    check_groups_of_four(key, "key")
+    k = torch.where(torch.isnan(key), torch.inf, key).unflatten(-1, (-1, 4)).unbind(-1)
+    losses = [torch.zeros_like(k[0], dtype=torch.int8) for _ in range(4)]
+    for i, j in itertools.combinations(range(4), 2):
+        i_wins = k[i] >= k[j]
+        losses[j] += i_wins
+        losses[i] += ~i_wins
+    return torch.stack([lost < 2 for lost in losses], dim=-1).flatten(-2)
+
+
+def magnitude_mask(weight: Tensor) -> Tensor:
+    """Keep the two largest of every four by absolute value: the paper's choice.
+
+    Args:
+        weight: ``(d_out, d_in)``, floating, ``d_in`` a multiple of 4.
+
+    Returns:
+        bool ``(d_out, d_in)``, exactly two ``True`` in each group of four.
+    """
+    return keep_two_of_four(weight.detach().abs())
+
+
+def random_mask(shape: tuple[int, int] | torch.Size, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """Keep two of every four uniformly at random: each of the six patterns with the same chance.
+
+    Drawn on the CPU whatever the device, so that every rank and every machine gets the same mask from the same seed.
+
+    Args:
+        shape: ``(d_out, d_in)``, ``d_in`` a multiple of 4.
+        seed: of a generator of its own; the global random state is neither read nor moved.
+        device: where the result lies.
+
+    Returns:
+        bool ``(d_out, d_in)``, exactly two ``True`` in each group of four.
+    """
+    rows, columns = shape
+    if columns % 4:
+        raise ValueError(f"random_mask: d_in = {columns} is not a multiple of 4; 2:4 sparsity needs groups of four")
+    patterns = torch.zeros(6, 4, dtype=torch.bool)
+    for row, pair in enumerate(itertools.combinations(range(4), 2)):
+        patterns[row, list(pair)] = True
+    generator = torch.Generator().manual_seed(seed)
+    choice = torch.randint(6, (rows, columns // 4), generator=generator)
+    return patterns[choice].flatten(1).to(device)
+
+
+def transposable_patterns() -> Tensor:
+    """All 4x4 binary matrices with exactly two ones in each row and each column.
+
+    Returns:
+        bool ``(90, 4, 4)``, in lexicographic order of the rows' patterns.
+    """
+    rows = [[i in pair for i in range(4)] for pair in itertools.combinations(range(4), 2)]
+    tiles = [
+        tile
+        for tile in itertools.product(rows, repeat=4)
+        if all(sum(column) == 2 for column in zip(*tile, strict=True))
+    ]
+    return torch.tensor(tiles, dtype=torch.bool)
+
+
+def transposable_mask(weight: Tensor) -> Tensor:
+    """Keep, in every 4x4 tile, the pattern of largest summed magnitude that is 2:4 along rows *and* columns.
+
+    The transpose of such a mask is itself a 2:4 mask: the backward mask equals the forward mask, the input gradient is
+    exact, and re-choosing the backward columns changes nothing. The search is exact: every one of the 90 patterns is
+    scored, in float64; ties go to the first in lexicographic order.
+
+    Args:
+        weight: ``(d_out, d_in)``, floating, both multiples of 4.
+
+    Returns:
+        bool ``(d_out, d_in)``.
+
+    Raises:
+        ValueError: if a dimension is not a multiple of 4.
+    """
+    rows, columns = weight.shape
+    if rows % 4 or columns % 4:
+        raise ValueError(f"transposable_mask: shape {rows}x{columns} does not divide into 4x4 tiles")
+    patterns = transposable_patterns().to(weight.device)
+    scoring = patterns.flatten(1).to(torch.float64).t().contiguous()
+    tiles = weight.detach().unflatten(0, (-1, 4)).unflatten(2, (-1, 4)).transpose(1, 2).reshape(-1, 16)
+    best = torch.cat([(_finite_magnitude(part) @ scoring).argmax(1) for part in tiles.split(_TILES_AT_ONCE)])
+    chosen = patterns[best].unflatten(0, (rows // 4, columns // 4))
+    return chosen.transpose(1, 2).reshape(rows, columns)
+
+
+def make_mask(kind: str, weight: Tensor, seed: int = 0) -> Tensor:
+    """Choose the forward mask of a weight.
+
+    Args:
+        kind: one of :data:`MASK_KINDS`.
+        weight: ``(d_out, d_in)``, floating.
+        seed: used by ``"random"`` alone.
+
+    Returns:
+        bool ``(d_out, d_in)``, exactly two ``True`` in each group of four along ``d_in``.
+
+    Raises:
+        ValueError: for an unknown kind, or a shape that does not divide into groups.
+    """
+    if kind == "magnitude":
+        return magnitude_mask(weight)
+    if kind == "random":
+        return random_mask(weight.shape, seed, weight.device)
+    if kind == "transposable":
+        return transposable_mask(weight)
+    raise ValueError(f"mask kind {kind!r} is unknown; choose one of {', '.join(MASK_KINDS)}")
+
+
+def check_groups_of_four(tensor: Tensor, name: str) -> None:
+    """Raise ``ValueError`` unless the last dimension divides into groups of four."""
+    if tensor.dim() == 0 or tensor.shape[-1] % 4:
+        raise ValueError(f"{name}: last dimension of shape {tuple(tensor.shape)} is not a multiple of 4")
+
+
+def _finite_magnitude(part: Tensor) -> Tensor:
+    """Magnitudes in float64, scaled to at most 1 a tile; infinities and NaN outweigh every finite sum."""
+    magnitude = part.abs().to(torch.float64)
+    finite = torch.where(torch.isfinite(magnitude), magnitude, 0.0)
+    scale = finite.amax(1, keepdim=True)
+    finite = finite / torch.where(scale > 0, scale, 1.0)
+    return torch.where(torch.isfinite(magnitude), finite, 32.0)

@@ -1,0 +1,137 @@
+"""The stored form of a 2:4 matrix: kept values and two-bit positions.
+
+For a matrix ``(rows, columns)`` with groups of four along the columns:
+
+* ``values`` ``(rows, columns / 2)``: the two kept entries of each group, in column order;
+* ``indices`` ``(rows, columns / 8)`` uint8: a nibble a group, ``first | second << 2`` with ``first < second`` the positions
+  of the two entries in their group; the even group of a pair in the low nibble, the odd one in the high nibble.
+
+uint8 because every strategy moves it: int16 buffers fail under gloo, NCCL, ZeRO-3 and FSDP2.
+"""
+
+import torch
+from torch import Tensor
+
+from slope_pl.sparsity.masks import check_groups_of_four
+
+
+def pack_indices(mask: Tensor) -> Tensor:
+    """Pack a 2:4 mask into two-bit positions.
+
+    Args:
+        mask: bool ``(rows, columns)``, exactly two ``True`` in each group of four; ``columns`` a multiple of 8.
+
+    Returns:
+        uint8 ``(rows, columns / 8)``.
+
+    Raises:
+        ValueError: if ``columns`` is not a multiple of 8, or a group does not hold exactly two.
+    """
+    check_groups_of_four(mask, "mask")
+    if mask.shape[-1] % 8:
+        raise ValueError(
+            f"mask: {mask.shape[-1]} columns are not a multiple of 8; one byte of indices covers two groups"
+        )
+    check_two_per_group(mask)
+    a, b, c, d = mask.unflatten(-1, (-1, 4)).unbind(-1)
+    first = torch.where(a, 0, torch.where(b, 1, 2)).to(torch.uint8)
+    second = torch.where(d, 3, torch.where(c, 2, 1)).to(torch.uint8)
+    low, high = (first | second << 2).unflatten(-1, (-1, 2)).unbind(-1)
+    return low | high << 4
+
+
+def check_two_per_group(mask: Tensor) -> None:
+    """Raise ``ValueError`` that names the first group of four which does not hold exactly two ``True``."""
+    kept = mask.unflatten(-1, (-1, 4)).sum(-1)
+    if bool((kept == 2).all()):
+        return
+    row, group = (kept != 2).nonzero()[0].tolist()
+    raise ValueError(
+        f"mask: row {row}, columns {4 * group} to {4 * group + 3} keep {int(kept[row, group])} of four; 2:4 needs exactly 2"
+    )
+
+
+def positions(indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions of the first and second kept entry of each group.
+
+    Args:
+        indices: uint8 ``(rows, columns / 8)``.
+
+    Returns:
+        two uint8 tensors ``(rows, columns / 4)`` with entries 0 to 3, the first always below the second.
+    """
+    nibbles = torch.stack((indices & 15, indices >> 4), dim=-1).flatten(-2)
+    return nibbles & 3, nibbles >> 2
+
+
+def unpack_mask(indices: Tensor) -> Tensor:
+    """The mask that :func:`pack_indices` packed: bool ``(rows, columns)`` of uint8 ``(rows, columns / 8)``."""
+    first, second = positions(indices)
+    return torch.stack([(first == j) | (second == j) for j in range(4)], dim=-1).flatten(-2)
+
+
+def check_indices(indices: Tensor, name: str) -> None:
+    """Raise ``ValueError`` where a nibble does not name two positions in rising order (a damaged or foreign buffer)."""
+    if indices.dtype != torch.uint8:
+        raise ValueError(f"{name}: dtype {indices.dtype}, expected torch.uint8 (two groups of 2:4 positions a byte)")
+    first, second = positions(indices)
+    bad = first >= second
+    if bool(bad.any()):
+        row, group = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}: row {row}, group {group} names positions {int(first[row, group])} and {int(second[row, group])}; "
+            "two different positions in rising order are expected: the buffer is damaged or not from slope_pl"
+        )
+
+
+def compress(dense: Tensor, indices: Tensor) -> Tensor:
+    """Gather the kept entries of a dense matrix.
+
+    Args:
+        dense: ``(rows, columns)``, any dtype.
+        indices: uint8 ``(rows, columns / 8)``.
+
+    Returns:
+        ``(rows, columns / 2)`` of the dtype of ``dense``, contiguous.
+
+    Raises:
+        ValueError: if the shapes do not belong together.
+    """
+    _check_pair(dense.shape, indices, 1, "dense")
+    a, b, c, d = dense.unflatten(-1, (-1, 4)).unbind(-1)
+    first, second = positions(indices)
+    # Selecting among views keeps the index bytes as they are; a gather would widen them to int64, 16 times the values'
+    # own size in bf16.
+    low = torch.where(first == 0, a, torch.where(first == 1, b, c))
+    high = torch.where(second == 3, d, torch.where(second == 2, c, b))
+    return torch.stack((low, high), dim=-1).flatten(-2)
+
+
+def decompress(values: Tensor, indices: Tensor) -> Tensor:
+    """Spread kept values into a dense matrix with zeros in place.
+
+    Args:
+        values: ``(rows, columns / 2)``, any dtype.
+        indices: uint8 ``(rows, columns / 8)``.
+
+    Returns:
+        ``(rows, columns)`` of the dtype of ``values``, contiguous.
+
+    Raises:
+        ValueError: if the shapes do not belong together.
+    """
+    _check_pair(values.shape, indices, 2, "values")
+    low, high = values.unflatten(-1, (-1, 2)).unbind(-1)
+    first, second = positions(indices)
+    zero = values.new_zeros(())
+    columns = [torch.where(first == j, low, torch.where(second == j, high, zero)) for j in range(4)]
+    return torch.stack(columns, dim=-1).flatten(-2)
+
+
+def _check_pair(shape: torch.Size, indices: Tensor, values_per_two: int, name: str) -> None:
+    rows, columns = indices.shape[0], indices.shape[1] * 8 // values_per_two
+    if tuple(shape) != (rows, columns):
+        raise ValueError(
+            f"{name} of shape {tuple(shape)} does not belong to indices of shape {tuple(indices.shape)}, "
+            f"which cover {(rows, columns)}"
+        )
