@@ -4,9 +4,7 @@ The method: Mozaffari, Yazdanbakhsh, Zhang, Mehri Dehnavi, "SLoPe: Double-Pruned
 Pretraining of LLMs", ICLR 2025, arXiv 2405.16325. Importing registers the strategies ``slope`` and ``slope_ddp``.
 """
 
-from importlib.metadata import version
-
-__version__ = version("slope_pl")
+__version__ = "0.1.0"
 
 from slope_pl.config import SLoPeConfig
 from slope_pl.errors import (

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from slope_pl import SLoPeConfig, SLoPeLightningModule, dense_state_dict
@@ -93,7 +94,8 @@ class BertSquad(SLoPeLightningModule):
                     raise
                 if fresh:
                     warnings.warn(
-                        f"STARTING FROM RANDOM WEIGHTS: {error} Scores will be those of an untrained model.", stacklevel=2
+                        f"STARTING FROM RANDOM WEIGHTS: {error} Scores will be those of an untrained model.",
+                        stacklevel=2,
                     )
         elif fresh:
             self.print("Weights: none given, starting from random ones.")
@@ -143,7 +145,11 @@ class BertSquad(SLoPeLightningModule):
         """Log exact match and F1 (0 to 100) and the number of questions scored."""
         scores = self._spans[0].compute()
         self.log_dict(
-            {"val/exact_match": scores["exact_match"], "val/f1": scores["f1"], "val/questions": scores["questions"].float()},
+            {
+                "val/exact_match": scores["exact_match"],
+                "val/f1": scores["f1"],
+                "val/questions": scores["questions"].float(),
+            },
             prog_bar=True,
             sync_dist=False,
         )
@@ -156,7 +162,7 @@ class BertSquad(SLoPeLightningModule):
 
     # ------------------------------------------------------------------------------------------------ optimizer
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with a linear warm-up and decay; adapters are a group of their own."""
         total = self.trainer.estimated_stepping_batches
         warmup = round(self.warmup * total)
@@ -191,4 +197,3 @@ class BertSquad(SLoPeLightningModule):
         """Write a dense Hugging Face model: zeros in place of pruned weights, awake adapters added in."""
         net = self._model()
         save_pretrained(net, folder, dense_state_dict(net))
-

@@ -55,7 +55,8 @@ def collect(trainer: pl.Trainer, pl_module: pl.LightningModule, seconds: float |
     if schedule is not None:
         rows["re-setups of the backward masks"] = str(schedule.resetups)
         woke = schedule.woke_at_step
-        rows["adapters woke at step"] = "never" if woke is None else f"{woke:,}"
+        if report.adapter_parameters:
+            rows["adapters woke at step"] = "never" if woke is None else f"{woke:,}"
     if seconds is not None:
         rows["seconds in fit"] = f"{seconds:.1f}"
     checkpoint = trainer.checkpoint_callback

@@ -13,11 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningCLI
 
-import slope_pl  # noqa: F401 (registers the strategies slope and slope_ddp)
 from recipes.bert_large.module import BertSquad
+from slope_pl import CheckpointError
 from slope_pl.data import SquadDataModule, decode_predictions, write_predictions
 
 BASE = str(Path(__file__).with_name("base.yaml"))
@@ -32,14 +33,31 @@ class SquadCLI(LightningCLI):
 
     before_validate = before_predict = before_fit
 
+    def _parse_ckpt_path(self) -> None:
+        """Take the model's settings from the checkpoint, as Lightning does, but say where they replace the given ones."""
+        given = self._model_settings()
+        super()._parse_ckpt_path()
+        used = self._model_settings()
+        if (given.get("slope") is None) != (used.get("slope") is None):
+            kinds = ["dense" if settings.get("slope") is None else "2:4 sparse" for settings in (used, given)]
+            raise CheckpointError(
+                f"the checkpoint is of a {kinds[0]} model, the configuration is {kinds[1]}: use "
+                "squad.yaml with sparse checkpoints and squad_dense.yaml with dense ones"
+            )
+        for key in used:
+            if key not in ("weights", "bert") and used[key] != given.get(key):
+                print(f"From the checkpoint: model.{key} = {used[key]} (not {given.get(key)})", file=sys.stderr)
+
+    def _model_settings(self) -> dict[str, Any]:
+        section = self.config.get(self.config.get("subcommand") or "", {})
+        return dict(section["model"].as_dict()) if "model" in section else {}
+
     def _note_checkpoint(self) -> None:
         self.model.restores_checkpoint = self.config[self.subcommand].ckpt_path is not None
 
     def after_predict(self) -> None:
         """Write the answers in the format of SQuAD's evaluation script."""
         windows = self.datamodule.dev_windows
-        import torch
-
         batches = self.trainer.predict_loop.predictions
         index, start, end = (
             torch.cat([batch[key].float() if "logits" in key else batch[key] for batch in batches]).numpy()

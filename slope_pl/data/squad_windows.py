@@ -6,7 +6,7 @@ from that program: answers are placed by character offsets instead of by re-toke
 or ends inside a token takes the whole token; and a training question is never dropped.
 
 Tokens are stored once for each context and each question. Windows are three integers each and are put together when a
-batch is asked for: 88,000 windows take a few tens of MB instead of the 800 MB of padded int64 arrays.
+batch is asked for: the 10,833 windows of the dev set take 4 MB instead of 100 MB as padded int64 arrays.
 """
 
 import unicodedata

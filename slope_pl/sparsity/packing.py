@@ -9,6 +9,9 @@ For a matrix ``(rows, columns)`` with groups of four along the columns:
 uint8 because every strategy moves it: int16 buffers fail under gloo, NCCL, ZeRO-3 and FSDP2.
 """
 
+from functools import cache
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -32,12 +35,12 @@ def pack_indices(mask: Tensor) -> Tensor:
         raise ValueError(
             f"mask: {mask.shape[-1]} columns are not a multiple of 8; one byte of indices covers two groups"
         )
-    check_two_per_group(mask)
-    a, b, c, d = mask.unflatten(-1, (-1, 4)).unbind(-1)
-    first = torch.where(a, 0, torch.where(b, 1, 2)).to(torch.uint8)
-    second = torch.where(d, 3, torch.where(c, 2, 1)).to(torch.uint8)
-    low, high = (first | second << 2).unflatten(-1, (-1, 2)).unbind(-1)
-    return low | high << 4
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
+    pattern = (mask.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.int32)
+    packed = _tables(mask.device).packed[pattern]
+    if bool((packed == _INVALID).any()):
+        check_two_per_group(mask)
+    return packed
 
 
 def check_two_per_group(mask: Tensor) -> None:
@@ -66,8 +69,8 @@ def positions(indices: Tensor) -> tuple[Tensor, Tensor]:
 
 def unpack_mask(indices: Tensor) -> Tensor:
     """The mask that :func:`pack_indices` packed: bool ``(rows, columns)`` of uint8 ``(rows, columns / 8)``."""
-    first, second = positions(indices)
-    return torch.stack([(first == j) | (second == j) for j in range(4)], dim=-1).flatten(-2)
+    # Eight bools are one int64 of the table, so that a byte costs one look-up and not eight.
+    return _tables(indices.device).mask[indices.int()].view(torch.bool)
 
 
 def check_indices(indices: Tensor, name: str) -> None:
@@ -98,13 +101,7 @@ def compress(dense: Tensor, indices: Tensor) -> Tensor:
         ValueError: if the shapes do not belong together.
     """
     _check_pair(dense.shape, indices, 1, "dense")
-    a, b, c, d = dense.unflatten(-1, (-1, 4)).unbind(-1)
-    first, second = positions(indices)
-    # Selecting among views keeps the index bytes as they are; a gather would widen them to int64, 16 times the values'
-    # own size in bf16.
-    low = torch.where(first == 0, a, torch.where(first == 1, b, c))
-    high = torch.where(second == 3, d, torch.where(second == 2, c, b))
-    return torch.stack((low, high), dim=-1).flatten(-2)
+    return dense.reshape(-1, 8).gather(1, _places(indices)).view(indices.shape[0], -1)
 
 
 def decompress(values: Tensor, indices: Tensor) -> Tensor:
@@ -121,11 +118,44 @@ def decompress(values: Tensor, indices: Tensor) -> Tensor:
         ValueError: if the shapes do not belong together.
     """
     _check_pair(values.shape, indices, 2, "values")
-    low, high = values.unflatten(-1, (-1, 2)).unbind(-1)
-    first, second = positions(indices)
-    zero = values.new_zeros(())
-    columns = [torch.where(first == j, low, torch.where(second == j, high, zero)) for j in range(4)]
-    return torch.stack(columns, dim=-1).flatten(-2)
+    dense = values.new_zeros(indices.numel(), 8)
+    return dense.scatter_(1, _places(indices), values.reshape(-1, 4)).view(indices.shape[0], -1)
+
+
+def _places(indices: Tensor) -> Tensor:
+    """Where the four entries of each byte stand among its eight columns: int64 ``(rows * columns / 8, 4)``."""
+    return _tables(indices.device).places[indices.reshape(-1).int()]
+
+
+class _Tables(NamedTuple):
+    """Look-up tables over all bytes; bytes that are no valid index give nonsense, which check_indices finds first.
+
+    Attributes:
+        places: int64 ``(256, 4)``, byte -> the places of its four entries among eight columns.
+        mask: int64 ``(256,)``, byte -> eight bools.
+        packed: uint8 ``(256,)``, eight bools as bits, lowest first -> byte, or _INVALID.
+    """
+
+    places: Tensor
+    mask: Tensor
+    packed: Tensor
+
+
+_INVALID = 0  # as an index it would name position 0 twice, which no packed mask does
+
+
+@cache
+def _tables(device: torch.device) -> _Tables:
+    byte = torch.arange(256)
+    nibbles = torch.stack((byte & 15, byte >> 4), dim=1)
+    places = torch.stack((nibbles & 3, nibbles >> 2), dim=2) + torch.tensor([[0], [4]])
+    places = places.flatten(1)
+    mask = torch.zeros(256, 8, dtype=torch.bool).scatter_(1, places, True)
+    valid = ((nibbles & 3) < (nibbles >> 2)).all(1)
+    bits = (mask * 2 ** torch.arange(8)).sum(1)
+    packed = torch.full((256,), _INVALID, dtype=torch.uint8)
+    packed[bits[valid]] = byte[valid].to(torch.uint8)
+    return _Tables(places.to(device), mask.view(torch.int64).view(-1).to(device), packed.to(device))
 
 
 def _check_pair(shape: torch.Size, indices: Tensor, values_per_two: int, name: str) -> None:

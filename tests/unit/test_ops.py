@@ -108,13 +108,13 @@ def test_fake_tensors_have_the_shape_and_dtype_of_the_result(name):
 
 @pytest.mark.parametrize("leading", [(5,), (), (2, 3)])
 def test_gradcheck_in_values_and_bias(leading):
-    case = Case()
+    case = Case(d_out=8, d_in=8)
     x = case.x(*leading).detach()
     assert torch.autograd.gradcheck(lambda values, bias: case(x, values, bias), (case.values, case.bias))
 
 
 def test_gradcheck_in_x_where_the_mask_is_transposable():
-    case = Case("transposable")
+    case = Case("transposable", d_out=8, d_in=8)
     assert torch.autograd.gradcheck(case, (case.x(5), case.values, case.bias))
 
 
@@ -124,8 +124,7 @@ def test_input_gradient_is_that_of_the_double_pruned_weight_and_not_the_true_one
     (dx,) = torch.autograd.grad(case(x), x, dy)
     torch.testing.assert_close(dx, dy @ case.twice_pruned, rtol=1e-12, atol=1e-12)
     assert float((dx - dy @ case.weight).abs().max()) > 0.1
-    with pytest.raises(torch.autograd.gradcheck.GradcheckError):
-        torch.autograd.gradcheck(lambda x: case(x), (x,))
+    assert not torch.autograd.gradcheck(case, (x,), raise_exception=False)
 
 
 def test_weight_gradient_is_taken_at_kept_positions():
@@ -177,8 +176,8 @@ def test_error_is_at_most_twice_that_of_the_dense_product(dtype):
 def test_operands_and_gradients_have_the_dtype_asked_for():
     case = Case(dtype=torch.float32)
     x = case.x(3).detach().bfloat16().requires_grad_()
-    forward = ops.forward_operand(case.values, case.indices, torch.bfloat16, "reference")
-    backward = ops.backward_operand(case.values, case.indices, case.columns, torch.bfloat16, "reference")
+    forward = ops.forward_operand(case.values.detach(), case.indices, torch.bfloat16, "reference")
+    backward = ops.backward_operand(case.values.detach(), case.indices, case.columns, torch.bfloat16, "reference")
     y = ops.sparse_linear(x, case.values, case.indices, case.bias, forward, backward, case.columns, "reference")
     y.sum().backward()
     assert (forward.dtype, backward.dtype, y.dtype, x.grad.dtype) == (torch.bfloat16,) * 4

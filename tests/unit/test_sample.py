@@ -21,7 +21,9 @@ def maker():
 @pytest.mark.parametrize("threads", ["1", "2"])
 def test_check_makes_the_same_files(threads):
     command = [sys.executable, str(SAMPLE / "make_sample.py"), "--check"]
-    result = subprocess.run(command, env=os.environ | {"RAYON_NUM_THREADS": threads}, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, env=os.environ | {"RAYON_NUM_THREADS": threads}, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     card = (SAMPLE / "README.md").read_text(encoding="utf-8")
     for line in result.stdout.splitlines():

@@ -241,8 +241,8 @@ def test_prediction_file(windows, tmp_path):
 
 def test_gold_spans_of_the_real_sets_decode_to_the_gold_text():
     tokenizer = load_wordpiece(real_data("tokenizers/bert-base-uncased-vocab.txt"))
-    # Inexact ones begin or end inside a token ("golden" for "gold", "1978" for "7"): 32 of dev, 30 of train; and 15 of
-    # dev and 16 of train are longer than 30 tokens.
+    # Inexact ones begin or end inside a token ("golden" for "gold", "1978" for "7"): 32 of dev, 30 of train. 9 of dev
+    # and 14 of train are longer than 30 tokens, so they are out of reach.
     for name, split, inside, exact_match, f1 in (
         ("dev-v1.1", "dev", 32, 99.69, 99.80),
         ("train-v1.1.partial", "train", 30, 99.46, 99.58),

@@ -1,0 +1,114 @@
+"""`make bert-large`: decide what this machine can do, say so, train, then validate the checkpoint.
+
+With a GPU and data and weights at hand (from the hub, or given), the real recipe runs: squad.yaml. Otherwise the same
+BERT-Large runs for a few dozen steps on the bundled sample: squad_sample.yaml. Everything after ``--`` goes to the training
+command, for example ``-- --model.slope.adapter_rank 64``.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlparse
+
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+SECONDS_TO_REACH_THE_HUB = 5
+
+
+def main() -> int:
+    """Run fit and validate; the exit status is that of the first command that failed, 1 if their scores differ."""
+    parser = argparse.ArgumentParser(
+        prog="make bert-large", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--data", help="a folder with train*.json and dev*.json, or a hub data set (make: DATA=...)")
+    parser.add_argument(
+        "--weights", help="a folder with config.json and model.safetensors, or a hub id (make: WEIGHTS=...)"
+    )
+    parser.add_argument("--runs", default="runs", help="where logs and checkpoints go")
+    known, rest = parser.parse_known_args()
+    rest = [argument for argument in rest if argument != "--"]
+    overrides = [*plan(known.data, known.weights), "--trainer.logger.init_args.save_dir", known.runs, *rest]
+    before = set(Path(known.runs).glob("**/result-fit.json"))
+    status = run("fit", overrides)
+    if status:
+        return status
+    fitted = newest(known.runs, "result-fit.json", before)
+    checkpoint = json.loads(fitted.read_text())["checkpoint"]
+    if not checkpoint:
+        print("This run wrote no checkpoint; there is nothing to validate.")
+        return 0
+    before = set(Path(known.runs).glob("**/result-validate.json"))
+    status = run("validate", [*overrides, "--ckpt_path", checkpoint])
+    if status:
+        return status
+    return compare(fitted, newest(known.runs, "result-validate.json", before), checkpoint)
+
+
+def plan(data: str | None, weights: str | None) -> list[str]:
+    """Arguments of the recipe for this machine, with a printed reason."""
+    gpu = torch.cuda.is_available()
+    hub = hub_is_reachable()
+    needs_hub = [what for what, given in (("data", data), ("weights", weights)) if given is None]
+    real = gpu and (hub or not needs_hub)
+    config = HERE / ("squad.yaml" if real else "squad_sample.yaml")
+    found = f"GPU: {torch.cuda.get_device_name() if gpu else 'none'}; hub: {'reachable' if hub else 'not reachable'}"
+    print(f"{found}. Running {config.relative_to(ROOT)}.")
+    if not real:
+        missing = "a GPU" if not gpu else f"the hub, or your own {' and '.join(needs_hub)} (DATA=..., WEIGHTS=...)"
+        print(
+            f"The real recipe needs {missing}; this is the whole path on the bundled sample, BERT-Large at full size."
+        )
+        if weights is None:
+            print("NOTE: training starts from RANDOM weights, so the scores below are those of an untrained model.")
+    arguments = ["--config", str(config)]
+    if data is not None:
+        arguments += ["--data.source", data]
+    if weights is not None:
+        arguments += ["--model.weights", weights, "--data.tokenizer", weights]
+    return arguments
+
+
+def hub_is_reachable() -> bool:
+    """Whether a connection to the hub opens within a few seconds."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return False
+    address = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        with socket.create_connection((address.hostname, address.port or 443), timeout=SECONDS_TO_REACH_THE_HUB):
+            return True
+    except OSError:
+        return False
+
+
+def run(subcommand: str, arguments: list[str]) -> int:
+    """Run the recipe's own command line, shown so that it can be repeated by hand."""
+    command = [sys.executable, "-m", "recipes.bert_large.squad", subcommand, *arguments]
+    print(f"\n$ {shlex.join(['python', *command[1:]])}", flush=True)
+    return subprocess.run(command, cwd=ROOT).returncode
+
+
+def newest(runs: str, name: str, before: set[Path]) -> Path:
+    """The result file that the command just run has written."""
+    written = set(Path(runs).glob(f"**/{name}")) - before
+    return max(written or before, key=lambda path: path.stat().st_mtime)
+
+
+def compare(fitted: Path, validated: Path, checkpoint: str) -> int:
+    """Say whether the checkpoint gives the scores that training ended with."""
+    a, b = (json.loads(path.read_text())["scores"] for path in (fitted, validated))
+    same = a == b
+    print(f"\nF1 at the end of training {a.get('val/f1'):.4f}, of the checkpoint {b.get('val/f1'):.4f}: ", end="")
+    print("the same." if same else "THEY DIFFER.")
+    print(f"Checkpoint  {checkpoint}\nLogs        tensorboard --logdir {fitted.parent}")
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
