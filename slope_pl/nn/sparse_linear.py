@@ -133,7 +133,10 @@ class SparseLinear(nn.Module):
         self.register_parameter("adapter_up", None)
         if self.adapter_rank:
             # Drawn on the CPU from a generator of its own: the same on every rank and device.
-            down = torch.randn(self.adapter_rank, self.in_features, generator=torch.Generator().manual_seed(seed))
+            generator = torch.Generator("cpu").manual_seed(seed)
+            down = torch.randn(
+                self.adapter_rank, self.in_features, generator=generator, dtype=torch.float32, device="cpu"
+            )
             up = self.values.new_zeros(self.out_features, self.adapter_rank)
             self.adapter_down = nn.Parameter(down.to(self.values), requires_grad=False)
             self.adapter_up = nn.Parameter(up, requires_grad=False)

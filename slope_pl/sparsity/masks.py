@@ -71,11 +71,12 @@ def random_mask(shape: tuple[int, int] | torch.Size, seed: int, device: torch.de
     rows, columns = shape
     if columns % 4:
         raise ValueError(f"random_mask: d_in = {columns} is not a multiple of 4; 2:4 sparsity needs groups of four")
-    patterns = torch.zeros(6, 4, dtype=torch.bool)
+    # The device is named everywhere: Lightning builds models under a default device, the GPU.
+    patterns = torch.zeros(6, 4, dtype=torch.bool, device="cpu")
     for row, pair in enumerate(itertools.combinations(range(4), 2)):
         patterns[row, list(pair)] = True
-    generator = torch.Generator().manual_seed(seed)
-    choice = torch.randint(6, (rows, columns // 4), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    choice = torch.randint(6, (rows, columns // 4), generator=generator, device="cpu")
     return patterns[choice].flatten(1).to(device)
 
 
@@ -91,7 +92,7 @@ def transposable_patterns() -> Tensor:
         for tile in itertools.product(rows, repeat=4)
         if all(sum(column) == 2 for column in zip(*tile, strict=True))
     ]
-    return torch.tensor(tiles, dtype=torch.bool)
+    return torch.tensor(tiles, dtype=torch.bool, device="cpu")
 
 
 def transposable_mask(weight: Tensor) -> Tensor:

@@ -146,16 +146,16 @@ _INVALID = 0  # as an index it would name position 0 twice, which no packed mask
 
 @cache
 def _tables(device: torch.device) -> _Tables:
-    byte = torch.arange(256)
+    byte = torch.arange(256, device=device)
     nibbles = torch.stack((byte & 15, byte >> 4), dim=1)
-    places = torch.stack((nibbles & 3, nibbles >> 2), dim=2) + torch.tensor([[0], [4]])
+    places = torch.stack((nibbles & 3, nibbles >> 2), dim=2) + torch.tensor([[0], [4]], device=device)
     places = places.flatten(1)
-    mask = torch.zeros(256, 8, dtype=torch.bool).scatter_(1, places, True)
+    mask = torch.zeros(256, 8, dtype=torch.bool, device=device).scatter_(1, places, True)
     valid = ((nibbles & 3) < (nibbles >> 2)).all(1)
-    bits = (mask * 2 ** torch.arange(8)).sum(1)
-    packed = torch.full((256,), _INVALID, dtype=torch.uint8)
+    bits = (mask * 2 ** torch.arange(8, device=device)).sum(1)
+    packed = torch.full((256,), _INVALID, dtype=torch.uint8, device=device)
     packed[bits[valid]] = byte[valid].to(torch.uint8)
-    return _Tables(places.to(device), mask.view(torch.int64).view(-1).to(device), packed.to(device))
+    return _Tables(places, mask.view(torch.int64).view(-1), packed)
 
 
 def _check_pair(shape: torch.Size, indices: Tensor, values_per_two: int, name: str) -> None:

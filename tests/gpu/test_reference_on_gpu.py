@@ -57,21 +57,19 @@ def test_error_is_at_most_twice_the_dense_ops(kind, dtype, rows):
 
 @pytest.mark.parametrize("kind", MASK_KINDS)
 def test_masks_and_columns_are_those_of_the_cpu(kind):
-    on_cpu = SparseLinear(64, 128, config=SLoPeConfig(mask=kind))
     dense = nn.Linear(64, 128)
-    dense.weight.data.copy_(torch.randn(128, 64))
     on_cpu = SparseLinear.from_linear(dense, SLoPeConfig(mask=kind, adapter_rank=4), seed=3)
-    on_gpu = SparseLinear.from_linear(dense.cuda(), SLoPeConfig(mask=kind, adapter_rank=4), seed=3)
+    on_gpu = SparseLinear.from_linear(copy.deepcopy(dense).cuda(), SLoPeConfig(mask=kind, adapter_rank=4), seed=3)
     for name, tensor in on_cpu.state_dict().items():
         assert torch.equal(tensor, on_gpu.state_dict()[name].cpu()), name
 
 
 def test_training_on_the_gpu_follows_the_cpu():
     torch.manual_seed(1)
-    net = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8)).double()
+    net = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 16)).double()
     sparsify(net, SLoPeConfig(adapter_rank=4))
     nets = {"cpu": net, "cuda": copy.deepcopy(net).cuda()}
-    x, target = torch.randn(40, 16, 32).double(), torch.randn(40, 16, 8).double()
+    x, target = torch.randn(40, 16, 32).double(), torch.randn(40, 16, 16).double()
     losses: dict[str, list[float]] = {}
     for device, model in nets.items():
         optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
@@ -101,6 +99,13 @@ def test_autocast_trains_float32_values(autocast):
     y.float().sum().backward()
     assert layer.values.grad.dtype is torch.float32
     assert x.grad.dtype is torch.float32
+
+
+@pytest.mark.parametrize("kind", MASK_KINDS)
+def test_conversion_works_under_a_default_device(kind):
+    with torch.device("cuda"):  # Lightning's tensor_init_context does this around configure_model
+        layer = SparseLinear(64, 128, config=SLoPeConfig(mask=kind, adapter_rank=4))
+    assert {tensor.device.type for tensor in layer.state_dict().values()} == {"cuda"}
 
 
 def test_importing_creates_no_cuda_context():
