@@ -106,7 +106,7 @@ class SLoPeConfig:
     def from_dict(cls, settings: Mapping[str, Any]) -> "SLoPeConfig":
         """The config of a mapping such as :meth:`to_dict` makes; an unknown key is a :class:`ConfigError`."""
         known = [field.name for field in fields(cls)]
-        unknown = sorted(set(settings) - set(known))
+        unknown = sorted(str(key) for key in settings if key not in known)
         if unknown:
             raise ConfigError(f"unknown SLoPe setting {', '.join(map(repr, unknown))}; known are {', '.join(known)}")
         return cls(**settings)
@@ -137,6 +137,7 @@ def _fraction(name: str, value: Any, hint: str) -> None:
 
 
 def _patterns(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str) or not all(isinstance(pattern, str) and pattern for pattern in value):
+    listed = isinstance(value, list | tuple)
+    if not listed or not all(isinstance(pattern, str) and pattern for pattern in value):
         raise ConfigError(f"{name}={value!r}: a list of patterns is expected, for example ['encoder.layer.*']")
     return tuple(value)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from slope_pl.nn.selection import is_linear
 from slope_pl.nn.surgery import sparse_layers
 
 
@@ -13,7 +14,7 @@ class SparsityReport:
 
     Attributes:
         sparse_layers: number of 2:4 layers.
-        dense_layers: number of ``nn.Linear`` layers (subclasses included) that are dense.
+        dense_layers: number of dense linear layers: ``nn.Linear``, its subclasses, Hugging Face's ``Conv1D``.
         kept_parameters: trainable values of the sparse weights.
         pruned_entries: entries of the sparse weights that are not stored.
         adapter_parameters: of the low-rank adapters, asleep or awake.
@@ -78,7 +79,7 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
     other_bytes = sum(tensor.nbytes for tensor in others.values())
     return SparsityReport(
         sparse_layers=len(layers),
-        dense_layers=sum(isinstance(module, nn.Linear) for module in model.modules()),
+        dense_layers=sum(isinstance(module, nn.Linear) or is_linear(module) for module in model.modules()),
         kept_parameters=kept,
         pruned_entries=entries - forward,
         adapter_parameters=adapters,

@@ -55,7 +55,8 @@ class Choice:
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a plain linear layer that can be replaced: ``nn.Linear`` or Hugging Face's ``Conv1D``.
 
-    Subclasses of ``nn.Linear`` do not count: their forward, or their parent's, may use the weight in its own way.
+    Subclasses of ``nn.Linear`` do not count (a parametrised layer is one): their forward, or their parent's, may use the
+    weight in its own way.
     """
     kind = type(module)
     return kind is nn.Linear or (kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."))
@@ -70,7 +71,7 @@ def choose_layers(model: nn.Module, config: SLoPeConfig) -> list[Choice]:
     candidates = [
         (name, module)
         for name, module in model.named_modules()
-        if is_linear(module) or isinstance(module, SparseLinear)
+        if is_linear(module) or isinstance(module, nn.Linear | SparseLinear)
     ]
     names = [name for name, _ in candidates]
     for kind, patterns in (("include", config.include), ("exclude", config.exclude)):
@@ -97,6 +98,10 @@ def _why_dense(
     name: str, module: nn.Module, config: SLoPeConfig, first: set[str], tied: dict[int, list[str]], explicit: bool
 ) -> str | None:
     """The first reason that holds, or None. An explicit request passes over the rules, not over the impossible."""
+    if not is_linear(module):
+        return f"a {type(module).__name__}, which may use its weight in its own way"
+    if module._parameters.get("weight") is None:
+        return "its weight is computed (pruned, normalised or otherwise re-parametrised)"
     if any(fnmatchcase(name, pattern) for pattern in config.exclude):
         return "excluded by pattern"
     if config.include and not any(fnmatchcase(name, pattern) for pattern in config.include):

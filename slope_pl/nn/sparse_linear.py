@@ -1,6 +1,6 @@
 """The layer: a linear map whose weight is its kept values."""
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,22 @@ from slope_pl.nn.freshness import generation
 from slope_pl.sparsity import backward_mask, check_indices, compress, decompress, make_mask, pack_indices, unpack_mask
 
 STORABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Kept(NamedTuple):
+    """Derived operands, and what they were made from.
+
+    Attributes:
+        key: versions and addresses of the sources, the dtype, the generation of weights.
+        sources: the sources themselves; while they are held, no other tensor can come to lie at their address.
+        forward_operand: see :mod:`slope_pl.ops.backends`.
+        backward_operand: None until a forward needs it.
+    """
+
+    key: tuple[Any, ...]
+    sources: tuple[Tensor, ...]
+    forward_operand: Tensor
+    backward_operand: Tensor | None
 
 
 class SparseLinear(nn.Module):
@@ -80,6 +96,7 @@ class SparseLinear(nn.Module):
         layer._adopt(weight if isinstance(linear, nn.Linear) else weight.t(), bias, config or SLoPeConfig(), seed)
         layer._made_from = type(linear)
         layer.training = linear.training
+        _carry_hooks(linear, layer)
         return layer
 
     def to_dense(self) -> nn.Module:
@@ -89,13 +106,15 @@ class SparseLinear(nn.Module):
         """
         weight = self.weight
         if self.transposed:
-            dense: Any = self._made_from(self.out_features, self.in_features)
+            with torch.device("meta"):  # its constructor would draw a weight from the global generator
+                dense: Any = self._made_from(self.out_features, self.in_features)
             dense.weight = nn.Parameter(weight.t().contiguous(), requires_grad=self.values.requires_grad)
         else:
             dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
             dense.weight = nn.Parameter(weight, requires_grad=self.values.requires_grad)
         dense.bias = self.bias
         dense.train(self.training)
+        _carry_hooks(self, dense)
         return dense
 
     @property
@@ -125,7 +144,7 @@ class SparseLinear(nn.Module):
         self.register_buffer("adapter_active", torch.zeros((), dtype=torch.uint8, device=values.device))
         self._awake = False
         ops.resolve_backend(config.backend, values.device.type)  # raises now rather than at the first forward
-        self._kept: tuple[tuple[Any, ...], Tensor, Tensor | None] | None = None
+        self._kept: _Kept | None = None
 
     def _make_adapters(self, seed: int) -> None:
         """Down standard normal, up zero, as in the published code: the output does not move at the wake."""
@@ -146,13 +165,14 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(..., d_in) -> (..., d_out)``, in the dtype of ``x``, or of autocast where that is on."""
         device_type = x.device.type
-        if torch.is_autocast_enabled(device_type) and x.dtype is not torch.float64:
+        castable = x.is_floating_point() and x.dtype is not torch.float64
+        if castable and torch.is_autocast_enabled(device_type):
             x = x.to(torch.get_autocast_dtype(device_type))
         elif x.dtype is not self.values.dtype:
             raise RuntimeError(
                 f"SparseLinear: input is {x.dtype}, weights are {self.values.dtype}; cast one of them or use autocast"
             )
-        if x.shape[-1] != self.in_features:
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise RuntimeError(
                 f"SparseLinear: input of shape {tuple(x.shape)} does not end in in_features = {self.in_features}"
             )
@@ -185,22 +205,28 @@ class SparseLinear(nn.Module):
             self.indices.data_ptr(),
             *(0 if t.is_inference() else t._version for t in (values, self.indices, self.backward_indices)),
         )
-        if self._kept is not None and self._kept[0] == key and (self._kept[2] is not None or not needs_backward):
-            return self._kept[1], self._kept[2]
+        forward_operand = None
+        if self._kept is not None and self._kept.key == key:
+            forward_operand = self._kept.forward_operand
+            if self._kept.backward_operand is not None or not needs_backward:
+                return forward_operand, self._kept.backward_operand
         self._kept = None  # the old operands' memory is free before the new ones are made
         # What is made under inference_mode could not be saved for a later backward.
         with torch.inference_mode(False), torch.no_grad():
-            made = self._make_operands(dtype, needs_backward)
-        self._kept = (key, *made)
+            made = self._make_operands(dtype, needs_backward, forward_operand)
+        self._kept = _Kept(key, (values.detach(), self.indices), *made)
         return made
 
-    def _make_operands(self, dtype: torch.dtype, needs_backward: bool) -> tuple[Tensor, Tensor | None]:
+    def _make_operands(
+        self, dtype: torch.dtype, needs_backward: bool, forward_operand: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         values = self.values.detach()
         backend = ops.resolve_backend(self.config.backend, values.device.type)
-        if ops.get_backend(backend).forward_operand_is_values and values.dtype == dtype:
-            forward_operand = values
-        else:
-            forward_operand = ops.forward_operand(values, self.indices, dtype, backend)
+        if forward_operand is None:
+            if ops.get_backend(backend).forward_operand_is_values and values.dtype == dtype:
+                forward_operand = values
+            else:
+                forward_operand = ops.forward_operand(values, self.indices, dtype, backend)
         if not needs_backward:
             return forward_operand, None
         return forward_operand, ops.backward_operand(values, self.indices, self.backward_indices, dtype, backend)
@@ -296,6 +322,7 @@ class SparseLinear(nn.Module):
                 except ValueError as error:
                     raise CheckpointError(str(error)) from error
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._kept = None  # inference tensors have no version counter that would tell
         self._follow_phase()
 
     def _follow_phase(self) -> None:
@@ -307,6 +334,7 @@ class SparseLinear(nn.Module):
             for adapter in (self.adapter_down, self.adapter_up):
                 if adapter is not None:
                     adapter.requires_grad_(False)
+                    adapter.grad = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the derived operands: a copy or a pickle makes its own."""
@@ -327,3 +355,15 @@ def why_ineligible(weight: Tensor) -> str | None:
     if d_out % 8 or d_in % 8:
         return f"{d_out}x{d_in}: both sides must be multiples of 8"
     return None
+
+
+_HOOKS = (
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs"),
+    *("_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook"),
+)
+
+
+def _carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give a replacement the forward and backward hooks of the layer it replaces; their handles stay valid."""
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))

@@ -118,15 +118,18 @@ def wake_adapters(model: nn.Module) -> int:
 
 
 def layer_seed(seed: int, name: str) -> int:
-    """A layer's own seed: from the configured one and the qualified name, alike on every rank and machine."""
-    return (seed << 32) ^ zlib.crc32(name.encode())
+    """A layer's own seed: from the configured one and the qualified name, alike on every rank and machine.
+
+    32 bits: torch's CPU generator looks at no more of a seed.
+    """
+    return zlib.crc32(f"{seed}:{name}".encode())
 
 
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     if not name:
         raise ConversionError(
-            "the model itself is a linear layer: use SparseLinear.from_linear, or wrap it in a module"
+            "the model itself is a linear layer: use SparseLinear.from_linear and to_dense, or wrap it in a module"
         )
     setattr(model.get_submodule(parent), child, new)
 

@@ -51,8 +51,15 @@ def register_backend(backend: Backend) -> None:
 
 
 def get_backend(name: str) -> Backend:
-    """The registered backend of that name (``auto`` is not one: resolve it first)."""
-    return _REGISTRY[name]
+    """The registered backend of that name.
+
+    Raises:
+        BackendUnavailableError: if there is none; ``"auto"`` is not one, resolve it first.
+    """
+    backend = _REGISTRY.get(name)
+    if backend is None:
+        raise BackendUnavailableError(f"no backend {name!r} is registered; there are {', '.join(_REGISTRY)}")
+    return backend
 
 
 def why_not(name: str, device_type: str) -> str | None:

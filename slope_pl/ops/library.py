@@ -122,7 +122,14 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dvalues, None, dbias, None, None, None, None
 
 
+def _refuse_second_derivative(ctx: Any, *_: Tensor) -> None:
+    raise RuntimeError("slope::sparse_linear cannot be differentiated twice (create_graph=True)")
+
+
 torch.library.register_autograd("slope::sparse_linear", _backward, setup_context=_save, lib=_LIB)
+for _name in ("dgrad", "wgrad"):
+    # Without a formula autograd would go on with a warning and a wrong number.
+    torch.library.register_autograd(f"slope::{_name}", _refuse_second_derivative, lib=_LIB)
 
 
 def sparse_linear(
@@ -157,14 +164,14 @@ def sparse_linear(
 
 def forward_operand(values: Tensor, indices: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """What ``backend`` multiplies in the forward pass, made from current values; shape and layout are the backend's."""
-    return torch.ops.slope.forward_operand(values, indices, dtype, backend)
+    return torch.ops.slope.forward_operand(values.detach(), indices, dtype, backend)
 
 
 def backward_operand(
     values: Tensor, indices: Tensor, backward_indices: Tensor, dtype: torch.dtype, backend: str
 ) -> Tensor:
     """What ``backend`` multiplies in the input gradient: current values under the given choice of columns."""
-    return torch.ops.slope.backward_operand(values, indices, backward_indices, dtype, backend)
+    return torch.ops.slope.backward_operand(values.detach(), indices, backward_indices, dtype, backend)
 
 
 def choose_backward_indices(values: Tensor, indices: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ def pack_indices(mask: Tensor) -> Tensor:
         ValueError: if ``columns`` is not a multiple of 8, or a group does not hold exactly two.
     """
     check_groups_of_four(mask, "mask")
+    if mask.dim() != 2:
+        raise ValueError(f"mask: shape {tuple(mask.shape)}, a matrix (rows, columns) is expected")
     if mask.shape[-1] % 8:
         raise ValueError(
             f"mask: {mask.shape[-1]} columns are not a multiple of 8; one byte of indices covers two groups"

@@ -231,7 +231,6 @@ def test_a_missing_backward_operand_is_an_error_only_where_x_needs_a_gradient():
         y.sum().backward()
 
 
-@pytest.mark.xfail(reason="a second derivative is silently wrong (torch only warns): needs once_differentiable")
 @pytest.mark.parametrize("wanted", ["x", "values"])
 def test_a_second_derivative_is_refused(wanted):
     case = Case("transposable")
@@ -258,9 +257,6 @@ def test_compiled_product_and_gradients_equal_eager():
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.xfail(
-    reason="the kernel's F.linear is autocast: the result is bfloat16, the fake says float32", strict=True
-)
 def test_a_direct_call_under_autocast_keeps_the_dtype_of_x():
     case = Case(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -379,10 +379,7 @@ def test_a_deepcopy_is_independent():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_functional_call_with_fresh_values_is_never_stale(autocast, request):
-    if autocast:
-        reason = "the key knows a tensor by its address alone, which the next one may get: operands of freed values"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_functional_call_with_fresh_values_is_never_stale(autocast):
     layer = SparseLinear(64, 64, bias=False)
     x = gaussian(4, 64)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -398,9 +395,6 @@ def test_functional_call_with_fresh_values_is_never_stale(autocast, request):
             assert torch.equal(functional_call(layer, {"values": tried[-1]}, (x,)), first * 2)
 
 
-@pytest.mark.xfail(
-    reason="inference tensors have no version counter, and loading a state keeps the operands", strict=True
-)
 def test_loading_into_a_layer_made_in_inference_mode_is_seen():
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         layer, other, x = make(), make(seed=7), gaussian(5, D_IN)
