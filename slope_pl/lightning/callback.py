@@ -1,22 +1,26 @@
 """SLoPeCallback: the method's schedule, for any ``lightning.pytorch`` Trainer and any LightningModule."""
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from slope_pl.config import SLoPeConfig, as_config
-from slope_pl.errors import ScheduleError
+from slope_pl.errors import ConversionError
 from slope_pl.lightning.averaging import share_masks_with_averages
+from slope_pl.lightning.checks import (
+    CHECKPOINT_KEY,
+    FORMAT_VERSION,
+    check_config,
+    check_optimizers,
+    check_strategy,
+)
 from slope_pl.lightning.schedule import adapter_start_step, has_time_limit, planned_steps
-from slope_pl.nn import SparseLinear, sparsify, sparsity_report
-
-CHECKPOINT_KEY = "slope_pl"
-FORMAT_VERSION = 1
+from slope_pl.nn import SparseLinear, sparsify, sparsity_report, was_densified
 
 # Re-set at every step or nearly, a line each time would bury everything else on the screen.
 _RARE_ENOUGH_TO_PRINT = 5
@@ -51,17 +55,33 @@ class SLoPeCallback(pl.Callback):
         self.start_step: int | None = None
         self._last_resetup_step = 0
         self._layers: dict[str, SparseLinear] = {}
+        self._plan_lines: list[str] = []
+        self._norms_logged_at = -1
 
     # ------------------------------------------------------------------------------------------------ before training
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Convert the model; before the restore of a checkpoint, which needs the sparse layers to be there."""
+        """Arrange the conversion; before the restore of a checkpoint, which needs the sparse layers to be there."""
         check_strategy(trainer.strategy)
         if self.config is None:
             self.config = as_config(getattr(pl_module, "slope_config", None)) or SLoPeConfig()
+        if stage == "fit" and trainer.global_step == 0:
+            # A new run; a restored one gets its counters from the checkpoint, after this hook.
+            self.resetups, self._last_resetup_step, self.woke_at_step = 0, 0, None
+        if was_densified(pl_module):
+            if stage == "fit":
+                raise ConversionError(
+                    "the model was made dense by densify(): call sparsify(model, config) to train it sparse again (awake "
+                    "adapters, now part of its weights, are pruned with them), or train it without SLoPeCallback"
+                )
+            return
+        if is_overridden("setup", pl_module):
+            self._convert_in_configure_model(pl_module)
+            return
         if is_overridden("configure_model", pl_module):
             # Lightning calls it right after this hook, and again before each stage: by contract a second call does
-            # nothing. Its contexts are entered here too, so that dtype and device come out the same.
+            # nothing. Its contexts are entered here too, so that dtype and device come out the same. Now, and not
+            # then, because averaging callbacks copy the model in their own setup.
             with (
                 trainer.strategy.tensor_init_context(),
                 trainer.strategy.model_sharded_context(),
@@ -70,21 +90,39 @@ class SLoPeCallback(pl.Callback):
                 pl_module.configure_model()
         self._layers = sparsify(pl_module, self.config)
 
+    def _convert_in_configure_model(self, pl_module: pl.LightningModule) -> None:
+        """Let the module's ``configure_model`` end with the conversion.
+
+        A module with a ``setup`` of its own may build layers there, after this callback's; what then comes before the
+        restore of a checkpoint is ``configure_model`` alone. The instance gets a wrapped one until ``teardown``.
+        """
+        config, original = self._config, type(pl_module).configure_model
+
+        def configure_model() -> None:
+            original(pl_module)
+            self._layers = sparsify(pl_module, config)
+
+        pl_module.configure_model = configure_model  # type: ignore[method-assign]
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the module its own ``configure_model`` back."""
+        pl_module.__dict__.pop("configure_model", None)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fix the schedule, check that the optimizers hold the weights, say what will happen."""
         config = self._config
-        total = planned_steps(trainer)
+        total = planned_steps(trainer, config)
         self.start_step = adapter_start_step(config, total)
-        _check_optimizers(trainer, self._layers)
+        check_optimizers(trainer, self._layers)
         report = sparsity_report(pl_module)
         self._log(trainer, forward_density=report.forward_density, backward_density=report.backward_density)
-        pl_module.print(
+        self._plan_lines = [
             f"SLoPe: {report.sparse_layers} linear layers are 2:4 ({config.mask} mask), {report.dense_layers} stay dense; "
             f"{report.kept_parameters:,} kept values for {report.kept_parameters + report.pruned_entries:,} weights; "
             + self._plan(total)
-        )
+        ]
         if self.start_step is not None and has_time_limit(trainer) and config.adapter_start_step is None:
-            pl_module.print(
+            self._plan_lines.append(
                 f"SLoPe: max_time may end training before the adapters wake at step {self.start_step}; "
                 "adapter_start_step sets an earlier one."
             )
@@ -99,8 +137,9 @@ class SLoPeCallback(pl.Callback):
             refresh = f"backward masks re-set every {config.backward_refresh_steps} steps"
         if self.start_step is None:
             return f"{refresh}; no adapters."
+        steps = "an unknown number" if math.isinf(total) else str(int(total))
         ranks = sorted({layer.adapter_rank for layer in self._layers.values()})
-        return f"{refresh}; adapters of rank {', '.join(map(str, ranks))} wake at step {self.start_step} of {total:g}."
+        return f"{refresh}; adapters of rank {', '.join(map(str, ranks))} wake at step {self.start_step} of {steps}."
 
     # ------------------------------------------------------------------------------------------------ the schedule
 
@@ -108,19 +147,26 @@ class SLoPeCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Act on the first micro-batch after an optimizer step: after the update, before the next forward."""
+        while self._plan_lines:  # said here, and not at the start of training, because no progress bar prints before
+            pl_module.print(self._plan_lines.pop(0))
         step = trainer.global_step
         if self._due_for_resetup(step):
             self._reset_backward_masks(trainer, pl_module, step)
         if self.start_step is not None and self.woke_at_step is None and step >= self.start_step:
             self._wake(trainer, pl_module, step)
-        elif self.woke_at_step is not None and step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        elif self.woke_at_step is not None and self._norms_are_due(trainer, step):
             self._log_adapter_norms(trainer)
+
+    def _norms_are_due(self, trainer: pl.Trainer, step: int) -> bool:
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and step % every == 0 and step != self._norms_logged_at
 
     def _due_for_resetup(self, step: int) -> bool:
         every = self._config.backward_refresh_steps
         if every is None or self._config.mask == "transposable":
             return False
-        return step > self._last_resetup_step and step % every == 0
+        # Not step % every: with several optimizers global_step moves by more than one, and would jump over the mark.
+        return step // every > self._last_resetup_step // every
 
     def _reset_backward_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         churn = torch.stack([layer.refresh_backward_mask() for layer in self._layers.values()]).mean().item()
@@ -143,6 +189,16 @@ class SLoPeCallback(pl.Callback):
 
     # ------------------------------------------------------------------------------------------------ around training
 
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After an averaging callback that stands before this one; the hooks below serve one that stands after."""
+        share_masks_with_averages(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Likewise, for averages that move once an epoch."""
+        share_masks_with_averages(trainer, pl_module)
+
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Before an averaging callback swaps its weights in."""
         share_masks_with_averages(trainer, pl_module)
@@ -160,6 +216,8 @@ class SLoPeCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Mark the file as a sparse model's, with all that is needed to rebuild it."""
+        if not self._layers:
+            return
         from slope_pl import __version__
 
         share_masks_with_averages(trainer, pl_module)
@@ -169,6 +227,15 @@ class SLoPeCallback(pl.Callback):
             "config": self._config.to_dict(),
             "layers": list(self._layers),
         }
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Compare the run's config with the checkpoint's: the schedule may change, what the masks are may not."""
+        mark = checkpoint.get(CHECKPOINT_KEY)
+        if mark is not None:
+            for note in check_config(mark, self._config):
+                pl_module.print(note)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters of the schedule; the adapters' phase lives in the model's own state."""
@@ -200,6 +267,7 @@ class SLoPeCallback(pl.Callback):
             norms = [t.detach().float().norm() for t in tensors if t is not None]
             return torch.stack(norms).norm().item()
 
+        self._norms_logged_at = trainer.global_step
         layers = self._layers.values()
         self._log(
             trainer,
@@ -208,32 +276,8 @@ class SLoPeCallback(pl.Callback):
         )
 
 
-def check_strategy(strategy: Any) -> None:
-    """Raise unless the strategy is one that sparse training has been shown to be right under."""
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
-        raise ScheduleError(
-            f"{type(strategy).__name__} is not supported: sparse training runs on a single device or under DDP. Use "
-            "strategy='auto', 'ddp', 'slope' or 'slope_ddp'."
-        )
-
-
 def rebuild_ddp(strategy: Any) -> None:
     """Wrap the model anew: a reducer made while parameters were frozen ignores them, and ranks drift apart unseen."""
     if isinstance(strategy.model, DistributedDataParallel):
         strategy.model = strategy.lightning_module
         strategy.configure_ddp()
-
-
-def _check_optimizers(trainer: pl.Trainer, layers: dict[str, SparseLinear]) -> None:
-    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-    for name, layer in layers.items():
-        if not layer.values.requires_grad:
-            continue
-        for label in ("values", "adapter_down", "adapter_up"):
-            parameter = getattr(layer, label)
-            if parameter is not None and id(parameter) not in held:
-                raise ScheduleError(
-                    f"{name}.{label} is in no optimizer and would never be trained. Give the optimizer all parameters of "
-                    "the converted model: do not filter by requires_grad (sleeping adapters are frozen until they wake), "
-                    "and make the optimizer in configure_optimizers."
-                )

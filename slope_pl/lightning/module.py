@@ -7,8 +7,9 @@ import lightning.pytorch as pl
 
 from slope_pl.config import SLoPeConfig, as_config
 from slope_pl.errors import CheckpointError
-from slope_pl.lightning.callback import CHECKPOINT_KEY, FORMAT_VERSION, SLoPeCallback
-from slope_pl.nn import sparsify
+from slope_pl.lightning.callback import SLoPeCallback
+from slope_pl.lightning.checks import CHECKPOINT_KEY, check_format
+from slope_pl.nn import sparse_layers, sparsify, was_densified
 
 
 class SLoPeLightningModule(pl.LightningModule):
@@ -33,7 +34,7 @@ class SLoPeLightningModule(pl.LightningModule):
     def configure_model(self) -> None:
         """Make the model sparse; Lightning calls this before every stage, only the first call finds work."""
         super().configure_model()
-        if self.slope_config is not None:
+        if self.slope_config is not None and not was_densified(self):
             sparsify(self, self.slope_config)
 
     def configure_callbacks(self) -> list[pl.Callback]:
@@ -60,12 +61,8 @@ class SLoPeLightningModule(pl.LightningModule):
         mark = checkpoint.get(CHECKPOINT_KEY)
         if mark is None:
             return
-        if mark["format"] > FORMAT_VERSION:
-            raise CheckpointError(
-                f"the checkpoint has format {mark['format']} (slope_pl {mark['version']}); this slope_pl reads up to "
-                f"{FORMAT_VERSION}: update it"
-            )
-        if self.slope_config is None:
+        check_format(mark)
+        if not sparse_layers(self):
             raise CheckpointError(
                 f"the checkpoint is of a 2:4 sparse model ({len(mark['layers'])} sparse layers), but this model is dense: "
                 "use the sparse configuration (slope=SLoPeConfig(...)), or export the checkpoint to dense weights first"

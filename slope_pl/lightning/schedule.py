@@ -40,9 +40,20 @@ def adapter_start_step(config: SLoPeConfig, total_steps: float) -> int | None:
     return int(total_steps) - max(1, round(total_steps * (1 - config.adapter_start)))
 
 
-def planned_steps(trainer: pl.Trainer) -> float:
-    """Optimizer steps that the trainer plans; infinite where it cannot know. May load the training data."""
-    total = trainer.estimated_stepping_batches
+def planned_steps(trainer: pl.Trainer, config: SLoPeConfig) -> float:
+    """Optimizer steps that the trainer plans; infinite where it cannot know. May load the training data.
+
+    Raises:
+        ScheduleError: if several optimizers, stepped by hand, make a fraction of the steps meaningless.
+    """
+    by_hand = not trainer.lightning_module.automatic_optimization and len(trainer.optimizers) > 1
+    if by_hand and config.has_adapters and config.adapter_start_step is None and trainer.max_steps == -1:
+        raise ScheduleError(
+            f"{len(trainer.optimizers)} optimizers with manual optimization: nobody knows how often each one steps, so "
+            f"{config.adapter_start:.0%} of the steps is no mark. Set adapter_start_step in SLoPeConfig (steps of all "
+            "optimizers add up), or max_steps on the Trainer."
+        )
+    total = trainer.max_steps if by_hand and trainer.max_steps > 0 else trainer.estimated_stepping_batches
     return total if total > 0 else math.inf
 
 

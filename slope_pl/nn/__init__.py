@@ -4,7 +4,15 @@ from slope_pl.nn.freshness import invalidate_operands
 from slope_pl.nn.report import SparsityReport, sparsity_report
 from slope_pl.nn.selection import choose_layers, is_head, is_linear
 from slope_pl.nn.sparse_linear import SparseLinear, why_ineligible
-from slope_pl.nn.surgery import dense_state_dict, densify, layer_seed, sparse_layers, sparsify, wake_adapters
+from slope_pl.nn.surgery import (
+    dense_state_dict,
+    densify,
+    layer_seed,
+    sparse_layers,
+    sparsify,
+    wake_adapters,
+    was_densified,
+)
 
 __all__ = [
     "SparseLinear",
@@ -20,5 +28,6 @@ __all__ = [
     "sparsify",
     "sparsity_report",
     "wake_adapters",
+    "was_densified",
     "why_ineligible",
 ]

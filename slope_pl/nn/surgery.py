@@ -91,8 +91,14 @@ def densify(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(old, SparseLinear):
             if id(old) not in made:
                 made[id(old)] = result[name] = old.to_dense()
+                made[id(old)].made_dense_by_slope = True  # type: ignore[assignment]
             _replace(model, name, made[id(old)])
     return result
+
+
+def was_densified(model: nn.Module) -> bool:
+    """Whether :func:`densify` made the model dense: callback and module then leave it so."""
+    return any(hasattr(module, "made_dense_by_slope") for module in model.modules())
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,82 @@
+"""What must hold before sparse training goes on: strategy, optimizers, and the checkpoint that is read."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+
+from slope_pl.config import SLoPeConfig
+from slope_pl.errors import CheckpointError, ScheduleError
+from slope_pl.nn import SparseLinear
+
+CHECKPOINT_KEY = "slope_pl"
+FORMAT_VERSION = 1
+
+# Settings that live in the weights' own state once a model is converted.
+_FIXED_AT_CONVERSION = frozenset({"mask", "seed", "adapter_rank", "adapter_rank_fraction", "include", "exclude"}) | {
+    "keep_first_dense",
+    "keep_heads_dense",
+}
+
+
+def check_format(mark: dict[str, Any]) -> None:
+    """Raise if a checkpoint was written by a newer version of this package, in a format that it changed."""
+    if mark["format"] > FORMAT_VERSION:
+        raise CheckpointError(
+            f"the checkpoint has format {mark['format']} (slope_pl {mark['version']}); this slope_pl reads up to "
+            f"{FORMAT_VERSION}: update it"
+        )
+
+
+def check_strategy(strategy: Any) -> None:
+    """Raise unless the strategy is one that sparse training has been shown to be right under."""
+    # DeepSpeedStrategy is a DDPStrategy by inheritance, but shards.
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
+        raise ScheduleError(
+            f"{type(strategy).__name__} is not supported: sparse training runs on a single device or under DDP. Use "
+            "strategy='auto', 'ddp', 'slope' or 'slope_ddp'."
+        )
+
+
+def check_config(mark: dict[str, Any], config: SLoPeConfig) -> list[str]:
+    """Compare a run's config with the one its checkpoint was made with.
+
+    Args:
+        mark: what the callback wrote into the checkpoint.
+        config: of the run that reads it.
+
+    Returns:
+        one line for each setting of the schedule that changed.
+
+    Raises:
+        CheckpointError: if a setting differs that is fixed once a model is converted, or the format is too new.
+    """
+    check_format(mark)
+    saved, own = mark["config"], config.to_dict()
+    notes = []
+    for key in own:
+        if key not in saved or saved[key] == own[key]:
+            continue
+        if key in _FIXED_AT_CONVERSION:
+            raise CheckpointError(
+                f"the checkpoint was made with {key}={saved[key]!r}, this run has {key}={own[key]!r}: masks and layers "
+                "are fixed at conversion. Resume with the checkpoint's value."
+            )
+        notes.append(f"SLoPe: {key}={own[key]!r} from here on; the checkpoint was made with {saved[key]!r}.")
+    return notes
+
+
+def check_optimizers(trainer: pl.Trainer, layers: dict[str, SparseLinear]) -> None:
+    """Raise unless every weight that is to be trained, sleeping adapters included, is in an optimizer."""
+    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    for name, layer in layers.items():
+        if not layer.values.requires_grad:
+            continue
+        for label in ("values", "adapter_down", "adapter_up"):
+            parameter = getattr(layer, label)
+            if parameter is not None and id(parameter) not in held:
+                raise ScheduleError(
+                    f"{name}.{label} is in no optimizer and would never be trained. Give the optimizer all parameters of "
+                    "the converted model: do not filter by requires_grad (sleeping adapters are frozen until they wake), "
+                    "and make the optimizer in configure_optimizers."
+                )
