@@ -86,9 +86,10 @@ def main(arguments: list[str] | None = None) -> SquadCLI | None:
     if given[:1] == ["export"]:
         export(given[1:])
         return None
-    parser_options: dict[str, Any] = {
-        name: {"default_config_files": [BASE]} for name in ("fit", "validate", "predict", "test")
-    }
+    # Without allow_abbrev=False the misspelt --trainer.max_step would be taken for --trainer.max_steps.
+    parser_options: dict[str, Any] = {"allow_abbrev": False}
+    for name in ("fit", "validate", "predict", "test"):
+        parser_options[name] = {"default_config_files": [BASE]}
     return SquadCLI(
         BertSquad,
         SquadDataModule,

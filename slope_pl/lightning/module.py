@@ -56,8 +56,14 @@ class SLoPeLightningModule(pl.LightningModule):
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of the other kind, dense or sparse, before any of it is read."""
+        """Refuse a checkpoint of another model, or of the other kind, dense or sparse, before any of it is read."""
         super().on_load_checkpoint(checkpoint)
+        saved, own = checkpoint.get("state_dict", {}), self.state_dict()
+        if saved.keys().isdisjoint(own.keys()):
+            raise CheckpointError(
+                f"the checkpoint is of another model: none of its {len(saved)} tensors ({next(iter(saved), 'none')}, ...) "
+                f"is one of this {type(self).__name__}'s {len(own)} ({next(iter(own), 'none')}, ...)"
+            )
         mark = checkpoint.get(CHECKPOINT_KEY)
         if mark is None:
             return
