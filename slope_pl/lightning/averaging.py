@@ -7,9 +7,19 @@ before anything reads them.
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
+from slope_pl.errors import ConversionError
 from slope_pl.nn import sparse_layers
+
+
+def refuse_early_copies(trainer: pl.Trainer) -> None:
+    """Raise where a callback would copy the model before it is complete and sparse."""
+    if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ConversionError(
+            "StochasticWeightAveraging copies the model before a module with a setup() of its own has built its layers, so "
+            "its average would be dense. Build the layers in __init__ or configure_model, or use WeightAveraging."
+        )
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from slope_pl.config import SLoPeConfig, as_config
 from slope_pl.errors import ConversionError
-from slope_pl.lightning.averaging import share_masks_with_averages
+from slope_pl.lightning import rng
+from slope_pl.lightning.averaging import refuse_early_copies, share_masks_with_averages
 from slope_pl.lightning.checks import (
     CHECKPOINT_KEY,
     FORMAT_VERSION,
@@ -20,7 +21,7 @@ from slope_pl.lightning.checks import (
     check_strategy,
 )
 from slope_pl.lightning.schedule import adapter_start_step, has_time_limit, planned_steps
-from slope_pl.nn import SparseLinear, sparsify, sparsity_report, was_densified
+from slope_pl.nn import SparseLinear, invalidate_operands, sparsify, sparsity_report, was_densified
 
 # Re-set at every step or nearly, a line each time would bury everything else on the screen.
 _RARE_ENOUGH_TO_PRINT = 5
@@ -57,6 +58,7 @@ class SLoPeCallback(pl.Callback):
         self._layers: dict[str, SparseLinear] = {}
         self._plan_lines: list[str] = []
         self._norms_logged_at = -1
+        self._random_states: rng.States | None = None
 
     # ------------------------------------------------------------------------------------------------ before training
 
@@ -76,6 +78,7 @@ class SLoPeCallback(pl.Callback):
                 )
             return
         if is_overridden("setup", pl_module):
+            refuse_early_copies(trainer)
             self._convert_in_configure_model(pl_module)
             return
         if is_overridden("configure_model", pl_module):
@@ -106,6 +109,10 @@ class SLoPeCallback(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give the module its own ``configure_model`` back."""
+        pl_module.__dict__.pop("configure_model", None)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Likewise: after an error there is no ``teardown``."""
         pl_module.__dict__.pop("configure_model", None)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -149,6 +156,8 @@ class SLoPeCallback(pl.Callback):
         """Act on the first micro-batch after an optimizer step: after the update, before the next forward."""
         while self._plan_lines:  # said here, and not at the start of training, because no progress bar prints before
             pl_module.print(self._plan_lines.pop(0))
+        if self._random_states is not None:
+            self._restore_random_state(trainer, pl_module)
         step = trainer.global_step
         if self._due_for_resetup(step):
             self._reset_backward_masks(trainer, pl_module, step)
@@ -156,6 +165,14 @@ class SLoPeCallback(pl.Callback):
             self._wake(trainer, pl_module, step)
         elif self.woke_at_step is not None and self._norms_are_due(trainer, step):
             self._log_adapter_norms(trainer)
+
+    def _restore_random_state(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """As late as this: what comes between restore and first batch (a sanity check) draws numbers too."""
+        assert self._random_states is not None
+        problem = rng.restore(self._random_states, trainer.global_rank, trainer.world_size, pl_module.device)
+        self._random_states = None
+        if problem is not None:
+            pl_module.print(f"SLoPe: {problem}; random numbers (dropout) differ from the uninterrupted run's.")
 
     def _norms_are_due(self, trainer: pl.Trainer, step: int) -> bool:
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -203,6 +220,10 @@ class SLoPeCallback(pl.Callback):
         """Before an averaging callback swaps its weights in."""
         share_masks_with_averages(trainer, pl_module)
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """An averaging callback has swapped the weights back, through ``.data``, which no version counter sees."""
+        invalidate_operands()
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Before an averaging callback copies its weights over; says so if the adapters never woke."""
         share_masks_with_averages(trainer, pl_module)
@@ -226,6 +247,7 @@ class SLoPeCallback(pl.Callback):
             "version": __version__,
             "config": self._config.to_dict(),
             "layers": list(self._layers),
+            "rng": rng.collect(pl_module.device),
         }
 
     def on_load_checkpoint(
@@ -236,6 +258,7 @@ class SLoPeCallback(pl.Callback):
         if mark is not None:
             for note in check_config(mark, self._config):
                 pl_module.print(note)
+            self._random_states = mark["rng"]
 
     def state_dict(self) -> dict[str, Any]:
         """Counters of the schedule; the adapters' phase lives in the model's own state."""
