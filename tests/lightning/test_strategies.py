@@ -1,0 +1,218 @@
+"""Callback, strategies and module are one behaviour: the same run, bit for bit, however it is asked for."""
+
+from types import SimpleNamespace
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+
+from slope_pl import (
+    ConfigError,
+    ConversionError,
+    ScheduleError,
+    SLoPeCallback,
+    SLoPeConfig,
+    SLoPeDDPStrategy,
+    SLoPeLightningModule,
+    SLoPeSingleDeviceStrategy,
+    sparse_layers,
+)
+from slope_pl.lightning.callback import check_strategy
+from tests.lightning.toy import CONFIG, QUIET, Net, Toy, assert_same, fit, hf_bert, hf_gpt2, make_trainer, snapshot
+
+pytestmark = QUIET
+
+
+class AsBase(SLoPeLightningModule):
+    """The base class, with a net of its own and everything else from Toy."""
+
+    def __init__(self, net, slope=None):
+        super().__init__(slope=slope)
+        self.net, self.losses, self.length, self.batch_size, self.lr = net, [], 64, 8, 1e-2
+
+    forward, loss = Toy.forward, Toy.loss
+    training_step, configure_optimizers = Toy.training_step, Toy.configure_optimizers
+    train_dataloader = Toy.train_dataloader
+
+
+class AsMixin(SLoPeLightningModule, Toy):
+    """The mixin before a module that knows nothing of it."""
+
+
+def plain(net):
+    return Toy(net)
+
+
+WAYS = {
+    "callback, auto": (plain, {"strategy": "auto"}, True),
+    "callback, ddp": (plain, {"strategy": "ddp"}, True),
+    "strategy by instance": (plain, lambda: {"strategy": SLoPeSingleDeviceStrategy(config=CONFIG)}, False),
+    "ddp strategy by instance": (plain, lambda: {"strategy": SLoPeDDPStrategy(config=CONFIG)}, False),
+    "config of a mapping": (plain, lambda: {"strategy": SLoPeDDPStrategy(config=CONFIG.to_dict())}, False),
+    "slope by name, callback": (plain, {"strategy": "slope"}, True),
+    "slope_ddp by name, callback": (plain, {"strategy": "slope_ddp"}, True),
+    "base class": (lambda net: AsBase(net, slope=CONFIG), {}, False),
+    "mixin": (lambda net: AsMixin(net, slope=CONFIG), {}, False),
+    "slope by name, module's config": (lambda net: AsMixin(net, slope=CONFIG), {"strategy": "slope"}, False),
+    "slope_ddp by name, module's config": (lambda net: AsMixin(net, slope=CONFIG), {"strategy": "slope_ddp"}, False),
+}
+
+
+def run(tmp_path, net, way):
+    make, settings, callback = WAYS[way]
+    settings = settings() if callable(settings) else settings
+    module = make(net)
+    trainer = make_trainer(tmp_path, *([SLoPeCallback(CONFIG)] if callback else []), **settings)
+    trainer.fit(module)
+    found = [c for c in trainer.callbacks if isinstance(c, SLoPeCallback)]
+    assert len(found) == 1
+    return SimpleNamespace(state=snapshot(module), losses=module.losses, callback=found[0], trainer=trainer)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The run by hand: strategy auto and a callback."""
+    made = {}
+
+    def get(make):
+        if make not in made:
+            made[make] = run(tmp_path_factory.mktemp("reference"), make(), "callback, auto")
+        return made[make]
+
+    return get
+
+
+@pytest.mark.parametrize("way", list(WAYS)[1:])
+def test_every_way_trains_the_same_hugging_face_bert(tmp_path, reference, way):
+    want, got = reference(hf_bert), run(tmp_path, hf_bert(), way)
+    assert want.callback.woke_at_step == 12
+    assert want.callback.resetups == 3
+    assert got.losses == want.losses
+    assert_same(got.state, want.state)
+    assert_same(got.callback.state_dict(), want.callback.state_dict())
+
+
+@pytest.mark.parametrize("way", ["callback, ddp", "ddp strategy by instance", "mixin"])
+def test_every_way_trains_the_same_gpt2_with_conv1d(tmp_path, reference, way):
+    want, got = reference(hf_gpt2), run(tmp_path, hf_gpt2(), way)
+    assert sum(name.endswith(".values") for name in want.state) == 7, "four a layer, without the first c_attn"
+    assert_same(got.state, want.state)
+
+
+@pytest.mark.parametrize("name", ["slope", "slope_ddp"])
+def test_strategy_name_alone_trains_with_the_default_config(tmp_path, name):
+    module = Toy()
+    trainer = make_trainer(tmp_path, strategy=name)
+    trainer.fit(module)
+    assert {layer.config for layer in sparse_layers(module).values()} == {SLoPeConfig()}
+    assert isinstance(trainer.callbacks[0], SLoPeCallback)
+
+
+def test_conversion_changes_the_run(tmp_path, reference):
+    """Otherwise every comparison above could be one of dense runs."""
+    dense = Toy(hf_bert())
+    make_trainer(tmp_path).fit(dense)
+    assert dense.losses != reference(hf_bert).losses
+    asleep = Toy(hf_bert())
+    fit(tmp_path, asleep, config=SLoPeConfig(backward_refresh_steps=5))
+    assert asleep.losses[:13] == reference(hf_bert).losses[:13]
+    assert asleep.losses[13:] != reference(hf_bert).losses[13:], "awake adapters must matter"
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+
+def test_slope_on_two_devices_names_the_other_strategy(tmp_path):
+    with pytest.raises(ConfigError, match="slope_ddp"):
+        make_trainer(tmp_path, strategy="slope", devices=2)
+
+
+def test_strategy_and_callback_with_different_configs(tmp_path):
+    trainer = make_trainer(tmp_path, SLoPeCallback(CONFIG), strategy=SLoPeSingleDeviceStrategy(config=SLoPeConfig()))
+    with pytest.raises(ConfigError, match="differ"):
+        trainer.fit(Toy())
+
+
+def test_strategy_and_module_with_different_configs(tmp_path):
+    trainer = make_trainer(tmp_path, strategy=SLoPeSingleDeviceStrategy(config=SLoPeConfig()))
+    with pytest.raises(ConversionError, match="adapter_rank"):
+        trainer.fit(AsMixin(slope=CONFIG))
+
+
+def test_callback_without_config_takes_the_strategys(tmp_path):
+    callback = SLoPeCallback()
+    make_trainer(tmp_path, callback, strategy=SLoPeSingleDeviceStrategy(config=CONFIG)).fit(Toy())
+    assert callback.config == CONFIG
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        FSDPStrategy,
+        DeepSpeedStrategy,
+    ],
+)
+def test_strategies_that_shard_are_refused_by_name(kind):
+    with pytest.raises(ScheduleError, match=f"{kind.__name__}.*slope_ddp"):
+        check_strategy(kind.__new__(kind))
+
+
+def test_refusal_comes_from_fit(tmp_path):
+    trainer = make_trainer(tmp_path, SLoPeCallback(CONFIG))
+    trainer.strategy.__class__ = type("FSDPStrategy", (pl.strategies.Strategy,), dict(vars(type(trainer.strategy))))
+    with pytest.raises(ScheduleError, match="FSDPStrategy is not supported"):
+        trainer.fit(Toy())
+
+
+# ---------------------------------------------------------------------------------------------------- where nets are made
+
+
+class LateNet(Toy):
+    """Builds its net in configure_model, as models too large for one device do."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = None
+
+    def configure_model(self):
+        if self.net is None:
+            self.net = Net()
+
+
+def test_net_of_configure_model_trains_as_one_of_init(tmp_path):
+    late, _ = fit(tmp_path, LateNet())
+    early, _ = fit(tmp_path, Toy())
+    assert_same(late.state_dict(), early.state_dict())
+
+
+def test_configure_model_may_rely_on_setup(tmp_path):
+    class Module(LateNet):
+        def setup(self, stage):
+            self.seed = 3
+
+        def configure_model(self):
+            if self.net is None:
+                self.net = Net(self.seed)
+
+    module, _ = fit(tmp_path, Module())
+    assert sparse_layers(module)
+
+
+def test_bf16_true_and_configure_model_give_bf16_values(tmp_path):
+    module, _ = fit(tmp_path, LateNet(), precision="bf16-true", max_steps=1, config=SLoPeConfig())
+    assert {layer.values.dtype for layer in sparse_layers(module).values()} == {torch.bfloat16}
+
+
+def test_a_failed_run_leaves_the_module_its_own_configure_model(tmp_path):
+    class Module(Toy):
+        def setup(self, stage):
+            self.ready = True
+
+        def training_step(self, batch, batch_idx):
+            raise ZeroDivisionError
+
+    module = Module()
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, module)
+    assert "configure_model" not in vars(module)
