@@ -5,6 +5,7 @@ PY     ?= $(VENV)/bin/python
 TORCH  ?= torch==2.13.0
 EXTRAS ?= dev,deepspeed,eval
 ARGS   ?=
+RUNS   ?= runs
 # Many small tests on few cores: more threads than that only wait for each other.
 TEST   ?= OMP_NUM_THREADS=1 $(PY) -m pytest
 
@@ -13,7 +14,7 @@ TEST   ?= OMP_NUM_THREADS=1 $(PY) -m pytest
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
-	@echo "  variables: DATA= WEIGHTS= ARGS= (bert-large), ARGS= (tests), VENV= PYTHON= TORCH= EXTRAS="
+	@echo "  variables: DATA= WEIGHTS= RUNS= ARGS= (bert-large), ARGS= (tests), VENV= PYTHON= TORCH= EXTRAS="
 
 venv: $(VENV)/.ready ## make the environment (.venv) with all extras
 
@@ -30,7 +31,7 @@ $(VENV)/.ready: pyproject.toml
 ready := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.ready)
 
 bert-large: $(ready) ## train BERT-Large 2:4 sparse on SQuAD, or on the bundled sample without a GPU
-	$(PY) -m recipes.bert_large.launch $(if $(DATA),--data $(DATA)) $(if $(WEIGHTS),--weights $(WEIGHTS)) -- $(ARGS)
+	$(PY) -m recipes.bert_large.launch $(if $(DATA),--data $(DATA)) $(if $(WEIGHTS),--weights $(WEIGHTS)) --runs $(RUNS) -- $(ARGS)
 
 test: $(ready) ## run all tests that need no GPU
 	$(TEST) -m "not gpu" $(ARGS)

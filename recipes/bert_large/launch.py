@@ -97,7 +97,11 @@ def run(subcommand: str, arguments: list[str]) -> int:
 def newest(runs: str, name: str, before: set[Path]) -> Path:
     """The result file that the command just run has written."""
     written = set(Path(runs).glob(f"**/{name}")) - before
-    return max(written or before, key=lambda path: path.stat().st_mtime)
+    if not written:
+        raise SystemExit(
+            f"The command left no {name} under {runs}/. Move the runs with --runs, not with the logger's save_dir."
+        )
+    return max(written, key=lambda path: path.stat().st_mtime)
 
 
 def compare(fitted: Path, validated: Path, checkpoint: str) -> int:

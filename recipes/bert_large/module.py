@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
@@ -87,7 +88,7 @@ class BertSquad(SLoPeLightningModule):
             try:
                 net = BertForQuestionAnswering(self.bert or load_config(self.weights))
                 if fresh:
-                    self.print(f"Weights from {self.weights}: {load_pretrained(net, self.weights).summary()}.")
+                    rank_zero_info(f"Weights from {self.weights}: {load_pretrained(net, self.weights).summary()}.")
                 return net
             except PretrainedUnavailableError as error:
                 if self.require_weights:
@@ -98,7 +99,7 @@ class BertSquad(SLoPeLightningModule):
                         stacklevel=2,
                     )
         elif fresh:
-            self.print("Weights: none given, starting from random ones.")
+            rank_zero_info("Weights: none given, starting from random ones.")
         return BertForQuestionAnswering(self.bert or BertConfig.large())
 
     def _model(self) -> BertForQuestionAnswering:

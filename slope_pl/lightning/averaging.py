@@ -1,8 +1,8 @@
 """Keeping weight averaging away from the masks.
 
 ``WeightAveraging`` and ``EMAWeightAveraging`` average buffers by default, integers too, and an averaged index byte is no
-index: 0.999 * 68 + 0.001 * 68 truncates to 67. The averaged model shares the live model's masks, so they are copied over
-before anything reads them.
+index: at a decay of 0.9, 0.9 * 72 + 0.1 * 72 is cut to 71. The averaged model shares the live model's masks, so they
+are copied over before anything reads them.
 """
 
 import lightning.pytorch as pl
@@ -20,6 +20,18 @@ def refuse_early_copies(trainer: pl.Trainer) -> None:
             "StochasticWeightAveraging copies the model before a module with a setup() of its own has built its layers, so "
             "its average would be dense. Build the layers in __init__ or configure_model, or use WeightAveraging."
         )
+
+
+def refuse_dense_copies(trainer: pl.Trainer) -> None:
+    """Raise if a callback that stands before ours has copied the model while it was dense."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        copied = getattr(callback, "_average_model", None)
+        averages = isinstance(callback, StochasticWeightAveraging | WeightAveraging)
+        if averages and copied is not None and not sparse_layers(copied):
+            raise ConversionError(
+                f"{type(callback).__name__} copied the model before SLoPeCallback made it sparse: put SLoPeCallback before "
+                "it in the Trainer's callbacks"
+            )
 
 
 @torch.no_grad()

@@ -12,13 +12,14 @@ from torch.nn.parallel import DistributedDataParallel
 from slope_pl.config import SLoPeConfig, as_config
 from slope_pl.errors import ConversionError
 from slope_pl.lightning import rng
-from slope_pl.lightning.averaging import refuse_early_copies, share_masks_with_averages
+from slope_pl.lightning.averaging import refuse_dense_copies, refuse_early_copies, share_masks_with_averages
 from slope_pl.lightning.checks import (
     CHECKPOINT_KEY,
     FORMAT_VERSION,
     check_config,
     check_optimizers,
     check_strategy,
+    strip_classes,
 )
 from slope_pl.lightning.schedule import adapter_start_step, has_time_limit, planned_steps
 from slope_pl.nn import SparseLinear, invalidate_operands, sparsify, sparsity_report, was_densified
@@ -92,6 +93,7 @@ class SLoPeCallback(pl.Callback):
             ):
                 pl_module.configure_model()
         self._layers = sparsify(pl_module, self.config)
+        refuse_dense_copies(trainer)
 
     def _convert_in_configure_model(self, pl_module: pl.LightningModule) -> None:
         """Let the module's ``configure_model`` end with the conversion.
@@ -119,7 +121,9 @@ class SLoPeCallback(pl.Callback):
         """Fix the schedule, check that the optimizers hold the weights, say what will happen."""
         config = self._config
         total = planned_steps(trainer, config)
-        self.start_step = adapter_start_step(config, total)
+        if self.woke_at_step is None and any(layer.adapters_awake for layer in self._layers.values()):
+            self.woke_at_step = trainer.global_step  # woken before this callback came to the model
+        self.start_step = adapter_start_step(config, total) if self.woke_at_step is None else self.woke_at_step
         check_optimizers(trainer, self._layers)
         report = sparsity_report(pl_module)
         self._log(trainer, forward_density=report.forward_density, backward_density=report.backward_density)
@@ -128,7 +132,8 @@ class SLoPeCallback(pl.Callback):
             f"{report.kept_parameters:,} kept values for {report.kept_parameters + report.pruned_entries:,} weights; "
             + self._plan(total)
         ]
-        if self.start_step is not None and has_time_limit(trainer) and config.adapter_start_step is None:
+        waiting = self.start_step is not None and self.woke_at_step is None
+        if waiting and has_time_limit(trainer) and config.adapter_start_step is None:
             self._plan_lines.append(
                 f"SLoPe: max_time may end training before the adapters wake at step {self.start_step}; "
                 "adapter_start_step sets an earlier one."
@@ -144,6 +149,8 @@ class SLoPeCallback(pl.Callback):
             refresh = f"backward masks re-set every {config.backward_refresh_steps} steps"
         if self.start_step is None:
             return f"{refresh}; no adapters."
+        if self.woke_at_step is not None:
+            return f"{refresh}; the adapters are awake."
         steps = "an unknown number" if math.isinf(total) else str(int(total))
         ranks = sorted({layer.adapter_rank for layer in self._layers.values()})
         return f"{refresh}; adapters of rank {', '.join(map(str, ranks))} wake at step {self.start_step} of {steps}."
@@ -241,6 +248,7 @@ class SLoPeCallback(pl.Callback):
             return
         from slope_pl import __version__
 
+        strip_classes(checkpoint, pl_module.CHECKPOINT_HYPER_PARAMS_KEY)
         share_masks_with_averages(trainer, pl_module)
         checkpoint[CHECKPOINT_KEY] = {
             "format": FORMAT_VERSION,
@@ -258,7 +266,7 @@ class SLoPeCallback(pl.Callback):
         if mark is not None:
             for note in check_config(mark, self._config):
                 pl_module.print(note)
-            self._random_states = mark["rng"]
+            self._random_states = mark.get("rng")
 
     def state_dict(self) -> dict[str, Any]:
         """Counters of the schedule; the adapters' phase lives in the model's own state."""

@@ -80,3 +80,12 @@ def check_optimizers(trainer: pl.Trainer, layers: dict[str, SparseLinear]) -> No
                     "the converted model: do not filter by requires_grad (sleeping adapters are frozen until they wake), "
                     "and make the optimizer in configure_optimizers."
                 )
+
+
+def strip_classes(checkpoint: dict[str, Any], hparams_key: str) -> None:
+    """Turn configs among the saved hyperparameters into plain mappings: the file then loads with ``weights_only=True``."""
+    hparams = checkpoint.get(hparams_key)
+    if hparams:
+        checkpoint[hparams_key] = {
+            key: value.to_dict() if isinstance(value, SLoPeConfig) else value for key, value in hparams.items()
+        }

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from slope_pl.config import SLoPeConfig, as_config
 from slope_pl.errors import CheckpointError
 from slope_pl.lightning.callback import SLoPeCallback
-from slope_pl.lightning.checks import CHECKPOINT_KEY, check_format
+from slope_pl.lightning.checks import CHECKPOINT_KEY, check_format, strip_classes
 from slope_pl.nn import sparse_layers, sparsify, was_densified
 
 
@@ -49,11 +49,7 @@ class SLoPeLightningModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the hyperparameters free of classes, so that the file loads with ``weights_only=True``."""
         super().on_save_checkpoint(checkpoint)
-        hparams = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
-        if hparams:
-            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {
-                key: value.to_dict() if isinstance(value, SLoPeConfig) else value for key, value in hparams.items()
-            }
+        strip_classes(checkpoint, self.CHECKPOINT_HYPER_PARAMS_KEY)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, or of the other kind, dense or sparse, before any of it is read."""

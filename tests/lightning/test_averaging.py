@@ -165,7 +165,7 @@ def test_masks_survive_averages_that_move_once_an_epoch(tmp_path, callback_first
 
 
 def test_averaging_before_the_conversion_of_a_plain_module_is_not_silent(tmp_path):
-    with pytest.raises(RuntimeError, match="size of tensor"):
+    with pytest.raises(ConversionError, match="put SLoPeCallback before it"):
         make_trainer(tmp_path, averaging(True), SLoPeCallback(CONFIG)).fit(Toy())
 
 

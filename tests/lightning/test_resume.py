@@ -192,3 +192,44 @@ def test_callback_used_for_a_second_run_starts_anew(tmp_path):
     make_trainer(tmp_path, callback).fit(module)
     want, _ = fit(tmp_path)
     assert_same(module.state_dict(), want.state_dict())
+
+
+def test_fresh_callback_on_an_awake_model_says_so_and_trains_it(tmp_path, capsys):
+    module, _ = fit(tmp_path)
+    callback = SLoPeCallback(CONFIG)
+    make_trainer(tmp_path, callback, max_steps=4).fit(module)
+    said = capsys.readouterr().out
+    assert "the adapters are awake" in said
+    assert "adapters of 0 layers" not in said
+    assert callback.woke_at_step == 0
+
+
+def test_plain_module_with_a_config_among_its_hyperparameters_resumes(tmp_path):
+    """save_hyperparameters() keeps the dataclass; the file must load with weights_only=True all the same."""
+
+    class WithConfig(Toy):
+        def __init__(self, config=CONFIG):
+            super().__init__()
+            self.save_hyperparameters()
+
+    make_trainer(tmp_path, SLoPeCallback(CONFIG), saver(tmp_path), enable_checkpointing=True).fit(WithConfig())
+    saved = torch.load(tmp_path / "step=13.ckpt", weights_only=True)
+    assert saved["hyper_parameters"]["config"]["adapter_rank"] == CONFIG.adapter_rank
+    make_trainer(tmp_path, SLoPeCallback(CONFIG)).fit(WithConfig(), ckpt_path=tmp_path / "step=13.ckpt")
+
+
+class WithDropout(Toy):
+    """Draws from the generator at every step, as dropout does: a resumed run is the same only if that goes on too."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * torch.rand(())
+
+
+def test_random_state_is_part_of_the_checkpoint(tmp_path):
+    torch.manual_seed(5)
+    whole = WithDropout()
+    make_trainer(tmp_path, SLoPeCallback(CONFIG), saver(tmp_path), enable_checkpointing=True).fit(whole)
+    torch.manual_seed(6)
+    resumed = WithDropout()
+    make_trainer(tmp_path, SLoPeCallback(CONFIG)).fit(resumed, ckpt_path=tmp_path / "step=13.ckpt")
+    assert_same(resumed.state_dict(), whole.state_dict())
