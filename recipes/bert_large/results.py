@@ -38,7 +38,8 @@ class ResultTable(pl.Callback):
         file = folder / f"result-{result['stage']}.json"
         file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         rows = [*result["rows"].items(), ("result", str(file))]
-        pl_module.print("\n" + render(rows, title=f"{result['stage']}: {result['model']}"))
+        # Not pl_module.print: the progress bar is closed by now, and its print would drop the text.
+        print("\n" + render(rows, title=f"{result['stage']}: {result['model']}"), flush=True)
 
 
 def collect(trainer: pl.Trainer, pl_module: pl.LightningModule, seconds: float | None) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class SquadCLI(LightningCLI):
         file = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         write_predictions(file, decode_predictions(windows, start, end, index))
-        self.model.print(f"Answers: {file}")
+        print(f"Answers: {file}")
 
 
 def export(arguments: list[str]) -> None:

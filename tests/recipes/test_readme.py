@@ -1,0 +1,93 @@
+"""What the READMEs tell a user to do works: code blocks run, commands parse, targets and links exist."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipes.bert_large import compare
+from recipes.bert_large.squad import main
+
+ROOT = Path(__file__).parents[2]
+READMES = [
+    path
+    for path in sorted(ROOT.rglob("README.md"))
+    if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+]
+
+
+def blocks(language: str) -> list:
+    found = []
+    for path in READMES:
+        for i, code in enumerate(re.findall(rf"```{language}\n(.*?)```", path.read_text(), re.S)):
+            found.append(pytest.param(code, id=f"{path.relative_to(ROOT)}-{i}"))
+    return found
+
+
+def commands(start: str) -> list[str]:
+    lines = [line for block in blocks("sh") for line in block.values[0].splitlines()]
+    return [line for line in lines if line.startswith(start)]
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_block_runs(code, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_first_commands_are_the_two_of_the_readme():
+    assert [line.split("#")[0].split() for line in commands("make ")[:2]] == [["make", "bert-large"], ["make", "test"]]
+
+
+@pytest.mark.parametrize("line", commands("make "))
+def test_make_target_exists(line):
+    target = line.split()[1]
+    done = subprocess.run(["make", "--dry-run", "PY=python", target], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_make_alone_lists_every_target():
+    listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
+    assert [target for target in targets if f"make {target} " not in listed] == []
+
+
+@pytest.mark.parametrize("line", commands("python -m recipes.bert_large.squad fit"))
+def test_fit_command_parses(line, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        main([*shlex.split(line)[3:], "--print_config"])
+    assert stop.value.code == 0
+    assert "learning_rate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "predict", "export"])
+def test_the_other_subcommands_are_there(subcommand, capsys):
+    assert commands(f"python -m recipes.bert_large.squad {subcommand}")
+    with pytest.raises(SystemExit) as stop:
+        main([subcommand, "--help"])
+    assert stop.value.code == 0
+    assert "ckpt_path" in capsys.readouterr().out
+
+
+def test_compare_reports_the_table_of_the_readme(monkeypatch, capsys):
+    (line,) = [line for line in commands("python -m recipes.bert_large.compare") if "--report" in line]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", shlex.split(line)[2:])
+    compare.main()
+    table = capsys.readouterr().out.strip()
+    assert len(table.splitlines()) == 6
+    assert table in (ROOT / "recipes/bert_large/README.md").read_text()
+    for row in table.splitlines()[2:]:
+        scores = re.search(r"\| (\d\d\.\d\d ± \d\.\d\d) \| (\d\d\.\d\d ± \d\.\d\d) \|", row)
+        assert f"| {scores[1]} | {scores[2]} |" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    links = re.findall(r"\]\(([^)#]+)\)", path.read_text())
+    assert [link for link in links if not link.startswith("http") and not (path.parent / link).exists()] == []
