@@ -52,7 +52,8 @@ def collect(trainer: pl.Trainer, pl_module: pl.LightningModule, seconds: float |
         rows["exact match / F1"] = f"{scores['val/exact_match']:.2f} / {scores['val/f1']:.2f}"
         rows["questions scored"] = f"{scores['val/questions']:,.0f}"
     rows.update(report.rows())
-    rows["optimizer steps"] = f"{trainer.global_step:,}"
+    if seconds is not None:
+        rows["optimizer steps"] = f"{trainer.global_step:,}"
     if schedule is not None:
         rows["re-setups of the backward masks"] = str(schedule.resetups)
         woke = schedule.woke_at_step

@@ -42,7 +42,13 @@ class SparsityReport:
         return self.kept_parameters + self.adapter_parameters + self.dense_parameters
 
     def rows(self) -> list[tuple[str, str]]:
-        """The report as label and text, for a table."""
+        """The report as label and text, for a table; a dense model has nothing to say of sparse weights."""
+        if not self.sparse_layers:
+            return [
+                ("linear layers, all dense", f"{self.dense_layers:,}"),
+                ("parameters", f"{self.dense_parameters:,}"),
+                ("stored bytes", f"{self.stored_bytes:,}"),
+            ]
         return [
             ("2:4 linear layers (dense ones)", f"{self.sparse_layers:,} ({self.dense_layers:,})"),
             ("kept values of 2:4 weights", f"{self.kept_parameters:,}"),
