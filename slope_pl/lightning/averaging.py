@@ -37,12 +37,10 @@ def refuse_dense_copies(trainer: pl.Trainer) -> None:
 @torch.no_grad()
 def share_masks_with_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Give every averaged model that a callback of this trainer keeps the index buffers and phase of the live one."""
-    averages = [callback._average_model for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore[attr-defined]
-    live = sparse_layers(pl_module)
-    for average in averages:
-        if average is None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not isinstance(callback, WeightAveraging) or callback._average_model is None:
             continue
-        for name, layer in sparse_layers(average.module).items():
-            source = live[name]
-            for buffer, current in zip(layer.buffers(), source.buffers(), strict=True):
+        live = sparse_layers(pl_module)
+        for name, layer in sparse_layers(callback._average_model.module).items():
+            for buffer, current in zip(layer.buffers(), live[name].buffers(), strict=True):
                 buffer.copy_(current)

@@ -12,6 +12,7 @@ from slope_pl.ops.backends import (
     get_backend,
     register_backend,
     resolve_backend,
+    slow_backend_note,
     why_not,
 )
 from slope_pl.ops.library import backward_operand, choose_backward_indices, forward_operand, sparse_linear
@@ -26,6 +27,7 @@ __all__ = [
     "get_backend",
     "register_backend",
     "resolve_backend",
+    "slow_backend_note",
     "sparse_linear",
     "why_not",
 ]

@@ -89,3 +89,13 @@ def resolve_backend(requested: str, device_type: str) -> str:
             f"backend={requested!r} cannot run on {device_type!r}: {reason}. Use backend='auto' or 'reference'."
         )
     return requested
+
+
+def slow_backend_note(requested: str, device_type: str) -> str | None:
+    """One line for a user who expects speed from ``"auto"`` on a GPU and does not get it; None where there is none to get."""
+    if device_type != "cuda" or requested != "auto" or resolve_backend(requested, device_type) != "reference":
+        return None
+    reasons = "; ".join(
+        f"{name}: {why_not(name, device_type)}" for name in BACKEND_NAMES if name not in ("auto", "reference")
+    )
+    return f"products run on the reference backend, which is exact but slower than dense ({reasons})"

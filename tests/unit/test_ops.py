@@ -278,3 +278,11 @@ def test_auto_prefers_the_backend_registered_last_and_skips_what_cannot_run(monk
     assert [ops.resolve_backend("auto", device) for device in ("cpu", "cuda")] == ["fast", "reference"]
     with pytest.raises(BackendUnavailableError, match="backend='fast' cannot run on 'cuda': CPU only"):
         ops.resolve_backend("fast", "cuda")
+
+
+def test_a_gpu_user_of_auto_is_told_that_the_reference_is_slow():
+    note = ops.slow_backend_note("auto", "cuda")
+    assert "slower than dense" in note
+    assert "cusparselt: the compiled extension" in note
+    assert ops.slow_backend_note("auto", "cpu") is None
+    assert ops.slow_backend_note("reference", "cuda") is None
