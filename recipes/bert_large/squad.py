@@ -27,6 +27,11 @@ BASE = str(Path(__file__).with_name("base.yaml"))
 class SquadCLI(LightningCLI):
     """Lightning's command line over one base config."""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, without ``test``: SQuAD's test set is not public."""
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "test"}
+
     def before_fit(self) -> None:
         """A run that continues from a checkpoint does not read pretrained weights first."""
         self._note_checkpoint()
@@ -87,8 +92,14 @@ def main(arguments: list[str] | None = None) -> SquadCLI | None:
         export(given[1:])
         return None
     # Without allow_abbrev=False the misspelt --trainer.max_step would be taken for --trainer.max_steps.
-    parser_options: dict[str, Any] = {"allow_abbrev": False}
-    for name in ("fit", "validate", "predict", "test"):
+    parser_options: dict[str, Any] = {
+        "allow_abbrev": False,
+        "prog": "python -m recipes.bert_large.squad",
+        "description": "BERT-Large on SQuAD v1.1, dense or 2:4 sparse. Configs lie over recipes/bert_large/base.yaml, and any "
+        "value can be overridden. The settings of the sparse method: fit --model.slope.help. A checkpoint as a dense "
+        "Hugging Face folder: export --help.",
+    }
+    for name in SquadCLI.subcommands():
         parser_options[name] = {"default_config_files": [BASE]}
     return SquadCLI(
         BertSquad,
