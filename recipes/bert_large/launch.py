@@ -67,7 +67,7 @@ def plan(data: str | None, weights: str | None) -> list[str]:
         )
         if weights is None:
             print("NOTE: training starts from RANDOM weights, so the scores below are those of an untrained model.")
-    arguments = ["--config", str(config)]
+    arguments = ["--config", str(config.relative_to(ROOT))]
     if data is not None:
         arguments += ["--data.source", data]
     if weights is not None:
