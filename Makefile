@@ -46,7 +46,7 @@ test-dist: $(ready) ## run the tests with several processes (gloo, on the CPU)
 	$(TEST) -m distributed $(ARGS)
 
 test-gpu: $(ready) ## run the tests that need a GPU; they fail, and do not skip, without one
-	SLOPE_REQUIRE_GPU=1 $(PY) -m pytest -m gpu $(ARGS)
+	SLOPE_REQUIRE_GPU=1 $(PY) -m pytest tests/gpu $(ARGS)
 
 lint: $(ready) ## ruff and mypy
 	$(PY) -m ruff check .
