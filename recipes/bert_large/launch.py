@@ -67,6 +67,10 @@ def plan(data: str | None, weights: str | None) -> list[str]:
         )
         if weights is None:
             print("NOTE: training starts from RANDOM weights, so the scores below are those of an untrained model.")
+        if data is not None and weights is None:
+            print(
+                "NOTE: your data is read with the vocabulary of the bundled sample; --data.tokenizer in ARGS names another."
+            )
     arguments = ["--config", str(config.relative_to(ROOT))]
     if data is not None:
         arguments += ["--data.source", data]

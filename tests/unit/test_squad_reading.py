@@ -12,13 +12,13 @@ CONTEXT = "The Brune flows past Lowick. The Brune is cold."
 
 
 def real_data(name):
-    """Path below SLOPE_DATA_DIR, or skip."""
+    """Path below SLOPE_DATA_DIR, or skip where there is none; a folder that lacks the file is a failure."""
     root = os.environ.get("SLOPE_DATA_DIR")
     if not root:
         pytest.skip("SLOPE_DATA_DIR is not set: the real SQuAD is not here")
     path = Path(root) / name
     if not path.is_file():
-        pytest.skip(f"{name} is not in SLOPE_DATA_DIR")
+        pytest.fail(f"SLOPE_DATA_DIR is set, but {path} is not there")
     return path
 
 
