@@ -62,8 +62,9 @@ def plan(data: str | None, weights: str | None) -> list[str]:
     print(f"{found}. Running {config.relative_to(ROOT)}.")
     if not real:
         missing = "a GPU" if not gpu else f"the hub, or your own {' and '.join(needs_hub)} (DATA=..., WEIGHTS=...)"
+        where = "the bundled sample" if data is None else f"{data}, in short windows"
         print(
-            f"The real recipe needs {missing}; this is the whole path on the bundled sample, BERT-Large at full size."
+            f"The real recipe needs {missing}; this is the whole path on {where}: BERT-Large at full size, a few steps."
         )
         if weights is None:
             print("NOTE: training starts from RANDOM weights, so the scores below are those of an untrained model.")
