@@ -10,7 +10,7 @@ RUNS   ?= runs
 TEST   ?= OMP_NUM_THREADS=1 $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv bert-large test test-fast test-dist test-gpu lint format sample clean
+.PHONY: help venv extension info bert-large bench test test-fast test-dist test-gpu lint format sample clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -33,6 +33,14 @@ $(VENV)/.ready: pyproject.toml
 
 ready := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.ready)
 
+# The compiled backend. Needs nvcc, no GPU; cuSPARSELt's headers come with the pip package, which a CUDA torch brings.
+extension: $(ready) ## compile the cuSPARSELt backend into the package (where nvcc is)
+	$(if $(ready),@$(INSTALL) -q "nvidia-cusparselt-cu13>=0.8")
+	$(PY) extensions/build.py $(ARGS)
+
+info: $(ready) ## versions, GPU, which backend multiplies and why
+	@$(PY) -m slope_pl.info
+
 bert-large: $(ready) ## train BERT-Large 2:4 sparse on SQuAD, or on the bundled sample without a GPU
 	$(PY) -m recipes.bert_large.launch $(if $(DATA),--data $(DATA)) $(if $(WEIGHTS),--weights $(WEIGHTS)) --runs $(RUNS) -- $(ARGS)
 
@@ -47,6 +55,9 @@ test-dist: $(ready) ## run the tests with several processes (gloo, on the CPU)
 
 test-gpu: $(ready) ## run the tests that need a GPU; they fail, and do not skip, without one
 	SLOPE_REQUIRE_GPU=1 $(PY) -m pytest tests/gpu $(ARGS)
+
+bench: $(ready) ## time everything against dense on this GPU, append to benchmarks/results; ARGS="steps prefill" for a part
+	$(PY) -m benchmarks.run $(or $(ARGS),all)
 
 lint: $(ready) ## ruff and mypy
 	$(PY) -m ruff check .

@@ -19,11 +19,18 @@ from slope_pl.lightning.checks import (
     check_config,
     check_optimizers,
     check_strategy,
+    product_dtype,
     strip_classes,
 )
 from slope_pl.lightning.schedule import adapter_start_step, has_time_limit, planned_steps
-from slope_pl.nn import SparseLinear, invalidate_operands, sparsify, sparsity_report, was_densified
-from slope_pl.ops import slow_backend_note
+from slope_pl.nn import (
+    SparseLinear,
+    backend_lines,
+    invalidate_operands,
+    sparsify,
+    sparsity_report,
+    was_densified,
+)
 
 # Re-set at every step or nearly, a line each time would bury everything else on the screen.
 _RARE_ENOUGH_TO_PRINT = 5
@@ -133,9 +140,9 @@ class SLoPeCallback(pl.Callback):
             f"{report.kept_parameters:,} kept values for {report.kept_parameters + report.pruned_entries:,} weights; "
             + self._plan(total)
         ]
-        slow = slow_backend_note(config.backend, pl_module.device.type)
-        if slow is not None:
-            self._plan_lines.append(f"SLoPe: {slow}.")
+        if pl_module.device.type != "cpu":  # where there is a choice
+            lines = backend_lines(self._layers, pl_module.device.type, product_dtype(trainer.precision))
+            self._plan_lines += [f"SLoPe: {line}." for line in lines]
         waiting = self.start_step is not None and self.woke_at_step is None
         if waiting and has_time_limit(trainer) and config.adapter_start_step is None:
             self._plan_lines.append(

@@ -3,6 +3,7 @@
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 
 from slope_pl.config import SLoPeConfig
@@ -89,3 +90,8 @@ def strip_classes(checkpoint: dict[str, Any], hparams_key: str) -> None:
         checkpoint[hparams_key] = {
             key: value.to_dict() if isinstance(value, SLoPeConfig) else value for key, value in hparams.items()
         }
+
+
+def product_dtype(precision: str) -> torch.dtype | None:
+    """Dtype of the products under a Trainer's precision; None where it is that of the parameters."""
+    return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)

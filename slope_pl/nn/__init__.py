@@ -1,7 +1,6 @@
 """The sparse layer and the surgery that puts it into a model."""
 
-from slope_pl.nn.freshness import invalidate_operands
-from slope_pl.nn.report import SparsityReport, sparsity_report
+from slope_pl.nn.report import SparsityReport, backend_lines, sparsity_report
 from slope_pl.nn.selection import choose_layers, is_head, is_linear
 from slope_pl.nn.sparse_linear import SparseLinear, why_ineligible
 from slope_pl.nn.surgery import (
@@ -13,10 +12,12 @@ from slope_pl.nn.surgery import (
     wake_adapters,
     was_densified,
 )
+from slope_pl.ops import invalidate_operands
 
 __all__ = [
     "SparseLinear",
     "SparsityReport",
+    "backend_lines",
     "choose_layers",
     "dense_state_dict",
     "densify",

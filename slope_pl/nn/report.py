@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
+from slope_pl import ops
 from slope_pl.nn.selection import is_linear
+from slope_pl.nn.sparse_linear import SparseLinear
 from slope_pl.nn.surgery import sparse_layers
 
 
@@ -95,6 +98,28 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
         forward_density=forward / entries if entries else 1.0,
         backward_density=backward / entries if entries else 1.0,
     )
+
+
+def backend_lines(layers: dict[str, SparseLinear], device_type: str, dtype: torch.dtype | None) -> list[str]:
+    """Which backend multiplies how many layers, a line each, and why not a faster one.
+
+    Args:
+        layers: qualified name -> layer.
+        device_type: where they will run.
+        dtype: of their inputs after autocast; None: of each layer's values.
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, layer in layers.items():
+        place = ops.Place(device_type, dtype or layer.values.dtype, layer.out_features, layer.in_features)
+        backend = ops.resolve_backend(layer.config.backend, *place)
+        asked_for = layer.config.backend != "auto" or backend != "reference"
+        groups.setdefault((backend, "" if asked_for else ops.reasons_against(place)), []).append(name)
+    lines = []
+    for (backend, reasons), names in groups.items():
+        which = f"{len(names)} layers" if len(names) > 1 else f"layer {names[0]}"
+        slower = f", exact but slower than dense ({reasons})" if reasons else ""
+        lines.append(f"products of {which} run on the {backend} backend{slower}")
+    return lines
 
 
 def _persistent(model: nn.Module) -> list[Tensor]:

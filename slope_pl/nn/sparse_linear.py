@@ -1,34 +1,26 @@
 """The layer: a linear map whose weight is its kept values."""
 
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slope_pl import ops
 from slope_pl.config import SLoPeConfig
 from slope_pl.errors import CheckpointError, ConversionError
-from slope_pl.nn.freshness import generation
-from slope_pl.sparsity import backward_mask, check_indices, compress, decompress, make_mask, pack_indices, unpack_mask
+from slope_pl.sparsity import (
+    backward_mask,
+    check_indices,
+    choose_backward_indices,
+    compress,
+    decompress,
+    make_mask,
+    pack_indices,
+    unpack_mask,
+)
 
 STORABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-class _Kept(NamedTuple):
-    """Derived operands, and what they were made from.
-
-    Attributes:
-        key: versions and addresses of the sources, the dtype, the generation of weights.
-        sources: the sources themselves; while they are held, no other tensor can come to lie at their address.
-        forward_operand: see :mod:`slope_pl.ops.backends`.
-        backward_operand: None until a forward needs it.
-    """
-
-    key: tuple[Any, ...]
-    sources: tuple[Tensor, ...]
-    forward_operand: Tensor
-    backward_operand: Tensor | None
 
 
 class SparseLinear(nn.Module):
@@ -137,14 +129,15 @@ class SparseLinear(nn.Module):
         values = compress(weight.detach(), indices)
         self.values = nn.Parameter(values, requires_grad=weight.requires_grad)
         self.register_buffer("indices", indices)
-        self.register_buffer("backward_indices", ops.choose_backward_indices(values, indices))
+        self.register_buffer("backward_indices", choose_backward_indices(values, indices))
         self.bias = bias
         self.adapter_rank = config.rank_for(self.out_features, self.in_features)
         self._make_adapters(seed)
         self.register_buffer("adapter_active", torch.zeros((), dtype=torch.uint8, device=values.device))
         self._awake = False
-        ops.resolve_backend(config.backend, values.device.type)  # raises now rather than at the first forward
-        self._kept: _Kept | None = None
+        self._check_backend()
+        self._operands = ops.Operands()
+        self._settle()
 
     def _make_adapters(self, seed: int) -> None:
         """Down standard normal, up zero, as in the published code: the output does not move at the wake."""
@@ -164,76 +157,90 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., d_in) -> (..., d_out)``, in the dtype of ``x``, or of autocast where that is on."""
-        device_type = x.device.type
-        castable = x.is_floating_point() and x.dtype is not torch.float64
-        if castable and torch.is_autocast_enabled(device_type):
-            x = x.to(torch.get_autocast_dtype(device_type))
-        elif x.dtype is not self.values.dtype:
+        # From the dictionaries: nn.Module's __getattr__ costs a microsecond each time, this whole forward costs twenty.
+        # What is not in them has been parametrized.
+        parameters, buffers = self._parameters, cast("dict[str, Tensor]", self._buffers)
+        values = parameters["values"] if "values" in parameters else self.values  # noqa: SIM401 (looked up only then)
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
+        assert values is not None
+        device_type, dtype = x.device.type, x.dtype
+        if torch.is_autocast_enabled(device_type) and x.is_floating_point() and dtype is not torch.float64:
+            dtype = torch.get_autocast_dtype(device_type)
+            x = x.to(dtype)
+        elif dtype is not values.dtype:
             raise RuntimeError(
-                f"SparseLinear: input is {x.dtype}, weights are {self.values.dtype}; cast one of them or use autocast"
+                f"SparseLinear: input is {dtype}, weights are {values.dtype}; cast one of them or use autocast"
             )
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise RuntimeError(
                 f"SparseLinear: input of shape {tuple(x.shape)} does not end in in_features = {self.in_features}"
             )
-        needs_backward = torch.is_grad_enabled() and x.requires_grad
-        forward_operand, backward_operand = self._operands(x.dtype, needs_backward)
-        y = ops.sparse_linear(
-            x,
-            self.values,
-            self.indices,
-            self.bias,
-            forward_operand,
-            backward_operand,
-            self.backward_indices,
-            ops.resolve_backend(self.config.backend, device_type),
-        )
-        if self._awake and self.adapter_down is not None and self.adapter_up is not None:
-            y = y + F.linear(F.linear(x, self.adapter_down) / self.adapter_rank, self.adapter_up)
-        return y
+        backend = ops.resolve_backend(self.config.backend, device_type, dtype, self.out_features, self.in_features)
+        weight = values, buffers["indices"], buffers["backward_indices"], bias, backend, self._operands
+        if not self._awake or self.adapter_down is None or self.adapter_up is None:
+            return ops.sparse_linear(x, *weight)
+        rows = x.reshape(-1, self.in_features)
+        down, up = self.adapter_down.to(dtype), self.adapter_up.to(dtype)
+        # Added in place, by the epilogue of the second low-rank product: the sum costs no pass of its own over y.
+        y = ops.sparse_linear(rows, *weight).addmm_(rows @ down.t(), up.t(), alpha=1 / self.adapter_rank)
+        return y.view(*x.shape[:-1], self.out_features)
 
-    def _operands(self, dtype: torch.dtype, needs_backward: bool) -> tuple[Tensor, Tensor | None]:
-        """Current operands, made anew only where the weights, the columns, the dtype or the device changed."""
-        if torch.compiler.is_compiling():
-            # A graph cannot branch on a version counter, so a compiled forward makes its operands inside the graph.
-            return self._make_operands(dtype, needs_backward)
-        values = self.values
-        key = (
-            generation(),
+    # ------------------------------------------------------------------------------------------------ operands
+
+    def _check_backend(self) -> None:
+        """Raise now, rather than at the first forward, where a backend asked for by name can never run."""
+        if self.config.backend not in ("auto", "reference"):
+            ops.resolve_backend(self.config.backend, "cuda", None, self.out_features, self.in_features)
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """After the values came to lie somewhere new: let them live inside their forward operand where that is possible."""
+        self._operands.adopt(self.values, self.indices)
+        if self.values.device.type == "meta":
+            return
+        dtype = self.values.dtype
+        name = ops.resolve_backend(
+            "reference" if self.config.backend == "reference" else "auto",
+            self.values.device.type,
             dtype,
-            values.data_ptr(),
-            self.indices.data_ptr(),
-            *(0 if t.is_inference() else t._version for t in (values, self.indices, self.backward_indices)),
+            self.out_features,
+            self.in_features,
         )
-        forward_operand = None
-        if self._kept is not None and self._kept.key == key:
-            forward_operand = self._kept.forward_operand
-            if self._kept.backward_operand is not None or not needs_backward:
-                return forward_operand, self._kept.backward_operand
-        self._kept = None  # the old operands' memory is free before the new ones are made
-        # What is made under inference_mode could not be saved for a later backward.
-        with torch.inference_mode(False), torch.no_grad():
-            made = self._make_operands(dtype, needs_backward, forward_operand)
-        self._kept = _Kept(key, (values.detach(), self.indices), *made)
-        return made
+        moved = ops.get_backend(name).own_values(self.values.detach(), self.indices)
+        if moved is not None:
+            self.values.data, operand = moved
+            self._operands.adopt(self.values, self.indices)
+            self._operands.give_forward(dtype, name, operand)
 
-    def _make_operands(
-        self, dtype: torch.dtype, needs_backward: bool, forward_operand: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        values = self.values.detach()
-        backend = ops.resolve_backend(self.config.backend, values.device.type)
-        if forward_operand is None:
-            if ops.get_backend(backend).forward_operand_is_values and values.dtype == dtype:
-                forward_operand = values
-            else:
-                forward_operand = ops.forward_operand(values, self.indices, dtype, backend)
-        if not needs_backward:
-            return forward_operand, None
-        return forward_operand, ops.backward_operand(values, self.indices, self.backward_indices, dtype, backend)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseLinear":
+        """As in ``nn.Module`` (``.to()``, ``.cuda()``, ``.half()``); operands follow the values."""
+        result = super()._apply(fn, recurse)
+        self._settle()
+        return result
+
+    @torch.no_grad()
+    def refresh_operands(self, dtype: torch.dtype | None = None, backward: bool = True) -> None:
+        """Make the operands of products in ``dtype`` now, whether they are out of date or not.
+
+        Nobody has to: every forward sees to it. For measuring, and for allocating them before a CUDA graph is recorded.
+
+        Args:
+            dtype: of the input after autocast; the values' own by default.
+            backward: also the one of the input gradient.
+        """
+        dtype = dtype or self.values.dtype
+        backend = ops.resolve_backend(
+            self.config.backend, self.values.device.type, dtype, self.out_features, self.in_features
+        )
+        self._operands.refresh(self.values, self.indices, self.backward_indices, self.bias, dtype, backend, backward)
+
+    def operand_bytes(self) -> int:
+        """Bytes of derived operands that are kept at present, beside the values: 0 before the first forward."""
+        return self._operands.nbytes()
 
     def train(self, mode: bool = True) -> "SparseLinear":
-        """As in ``nn.Module``; also drops the derived operands, since weights are often swapped around evaluation."""
-        self._kept = None
+        """As in ``nn.Module``; the operands are made anew, since weights are often swapped around evaluation."""
+        self._operands.distrust()
         return super().train(mode)
 
     # ------------------------------------------------------------------------------------------------ schedule
@@ -245,9 +252,17 @@ class SparseLinear(nn.Module):
         Returns:
             a float32 scalar: the share of the backward mask's entries that were replaced (the churn), 0 to 1.
         """
-        before = self.backward_mask()
-        self.backward_indices.copy_(ops.choose_backward_indices(self.values, self.indices))
-        return (self.backward_mask() & ~before).sum(dtype=torch.float32) / before.sum()
+        backend = ops.resolve_backend(
+            "reference" if self.config.backend == "reference" else "auto",
+            self.values.device.type,
+            self.values.dtype if self.values.dtype in (torch.bfloat16, torch.float16) else None,
+            self.out_features,
+            self.in_features,
+        )
+        chosen, churn = ops.choose_columns(self.values, self.indices, self.backward_indices, backend)
+        self.backward_indices.copy_(chosen)
+        self._operands.refresh_all(self.values, self.indices, self.backward_indices, self.bias)
+        return churn
 
     def wake_adapters(self) -> bool:
         """Let the adapters take part and train from now on; only loading an earlier state puts them back to sleep.
@@ -322,7 +337,8 @@ class SparseLinear(nn.Module):
                 except ValueError as error:
                     raise CheckpointError(str(error)) from error
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._kept = None  # inference tensors have no version counter that would tell
+        self._settle()
+        self._operands.distrust()  # inference tensors have no version counter that would tell
         self._follow_phase()
 
     def _follow_phase(self) -> None:
@@ -335,10 +351,6 @@ class SparseLinear(nn.Module):
                 if adapter is not None:
                     adapter.requires_grad_(False)
                     adapter.grad = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the derived operands: a copy or a pickle makes its own."""
-        return {**self.__dict__, "_kept": None}
 
 
 def why_ineligible(weight: Tensor) -> str | None:

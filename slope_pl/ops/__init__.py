@@ -5,29 +5,41 @@ a :class:`Backend` registered from a module of its own; the schemas, fakes and g
 all of them.
 """
 
+from slope_pl.ops import reference as _reference  # registers the backend
+
+# isort: split
+from slope_pl.ops import cusparselt as _cusparselt  # the fastest comes last
+from slope_pl.ops import flops as _flops
 from slope_pl.ops.backends import (
     BACKEND_NAMES,
     Backend,
     BackendName,
+    Place,
     get_backend,
+    reasons_against,
     register_backend,
     resolve_backend,
-    slow_backend_note,
     why_not,
 )
-from slope_pl.ops.library import backward_operand, choose_backward_indices, forward_operand, sparse_linear
+from slope_pl.ops.freshness import invalidate_operands
+from slope_pl.ops.library import choose_columns, sparse_linear
+from slope_pl.ops.operands import Operands, operands_of
+
+del _reference, _cusparselt, _flops
 
 __all__ = [
     "BACKEND_NAMES",
     "Backend",
     "BackendName",
-    "backward_operand",
-    "choose_backward_indices",
-    "forward_operand",
+    "Operands",
+    "Place",
+    "choose_columns",
     "get_backend",
+    "invalidate_operands",
+    "operands_of",
+    "reasons_against",
     "register_backend",
     "resolve_backend",
-    "slow_backend_note",
     "sparse_linear",
     "why_not",
 ]

@@ -2,15 +2,34 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from slope_pl.errors import BackendUnavailableError
 
+if TYPE_CHECKING:
+    from slope_pl.ops.operands import Change, Pair
+
 BackendName = Literal["auto", "reference", "cusparselt"]
 BACKEND_NAMES: tuple[str, ...] = get_args(BackendName)
+
+
+class Place(NamedTuple):
+    """Where a product is to run; None stands for what is not known yet.
+
+    Attributes:
+        device_type: ``"cpu"``, ``"cuda"``, ...
+        dtype: of the input, after autocast.
+        d_out: rows of W.
+        d_in: columns of W.
+    """
+
+    device_type: str
+    dtype: torch.dtype | None = None
+    d_out: int | None = None
+    d_in: int | None = None
 
 
 @dataclass(frozen=True)
@@ -22,32 +41,36 @@ class Backend:
 
     Attributes:
         name: as in :data:`BACKEND_NAMES`.
-        why_not: given a device type, the reason it cannot run there, or None.
+        why_not: the reason it cannot run at a place, or None.
+        refresh: ``(pair, values, indices, backward_indices, bias, change)`` brings a :class:`~slope_pl.ops.operands.Pair`
+            up to date, in place where it holds buffers of its own.
         forward: ``(x, forward_operand, indices, bias) -> x W^T + b``.
         dgrad: ``(dy, backward_operand, backward_indices) -> dy W_RC``.
         wgrad: ``(dy, x, indices, dtype) -> (dy^T x)[kept]``, ``(d_out, d_in / 2)``.
-        make_forward_operand: ``(values, indices, dtype) -> operand``, never aliasing its input.
-        make_backward_operand: ``(values, indices, backward_indices, dtype) -> operand``.
-        forward_operand_is_values: the forward operand is the kept values themselves whenever the dtypes agree, so that
-            no copy of them is needed.
+        choose_columns: ``(values, indices, previous) -> (backward_indices, churn)``: the re-setup; the churn is the share
+            of the previous backward mask that was replaced, a float32 scalar.
+        own_values: ``(values, indices) -> (values, forward_operand) | None``: where a weight of this dtype can live inside
+            its own operand, the values in their new place; None where it cannot.
     """
 
     name: str
-    why_not: Callable[[str], str | None]
+    why_not: Callable[[Place], str | None]
+    refresh: Callable[["Pair", Tensor, Tensor, Tensor, Tensor | None, "Change"], None]
     forward: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
     dgrad: Callable[[Tensor, Tensor, Tensor], Tensor]
     wgrad: Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
-    make_forward_operand: Callable[[Tensor, Tensor, torch.dtype], Tensor]
-    make_backward_operand: Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
-    forward_operand_is_values: bool
+    choose_columns: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    own_values: Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | None]
 
 
 _REGISTRY: dict[str, Backend] = {}
+_RESOLVED: dict[tuple[str, str, torch.dtype | None, int | None, int | None], str] = {}
 
 
 def register_backend(backend: Backend) -> None:
     """Make a backend known; the fastest is registered last and ``auto`` tries it first."""
     _REGISTRY[backend.name] = backend
+    _RESOLVED.clear()
 
 
 def get_backend(name: str) -> Backend:
@@ -62,40 +85,55 @@ def get_backend(name: str) -> Backend:
     return backend
 
 
-def why_not(name: str, device_type: str) -> str | None:
-    """Why a backend cannot run on a device type (``"cpu"``, ``"cuda"``), or None if it can."""
-    if name not in _REGISTRY:
-        return f"the compiled extension of backend {name!r} is not part of this installation"
-    return _REGISTRY[name].why_not(device_type)
+def why_not(name: str, place: Place) -> str | None:
+    """Why a backend cannot run at a place, or None if it can."""
+    return get_backend(name).why_not(place)
 
 
-def resolve_backend(requested: str, device_type: str) -> str:
+@torch.compiler.assume_constant_result
+def resolve_backend(
+    requested: str,
+    device_type: str,
+    dtype: torch.dtype | None = None,
+    d_out: int | None = None,
+    d_in: int | None = None,
+) -> str:
     """Name of the backend that runs.
 
     Args:
         requested: one of :data:`BACKEND_NAMES`. ``"auto"`` takes the fastest that can run.
         device_type: ``"cpu"``, ``"cuda"``, ...
+        dtype: of the input, after autocast; None if not known yet.
+        d_out: rows of the weight, likewise.
+        d_in: columns of the weight, likewise.
 
     Raises:
         BackendUnavailableError: if a backend asked for by name cannot run; it is never replaced in silence.
     """
+    key = (requested, device_type, dtype, d_out, d_in)
+    name = _RESOLVED.get(key)
+    if name is None:
+        name = _RESOLVED[key] = _resolve(requested, Place(device_type, dtype, d_out, d_in))
+    return name
+
+
+def _resolve(requested: str, place: Place) -> str:
     if requested == "auto":
-        for name in reversed(_REGISTRY):
-            if _REGISTRY[name].why_not(device_type) is None:
-                return name
-    reason = why_not(requested, device_type)
+        return next(name for name in reversed(_REGISTRY) if _REGISTRY[name].why_not(place) is None)
+    reason = why_not(requested, place)
     if reason is not None:
         raise BackendUnavailableError(
-            f"backend={requested!r} cannot run on {device_type!r}: {reason}. Use backend='auto' or 'reference'."
+            f"backend={requested!r} cannot run on {place.device_type!r}: {reason}. Use backend='auto' or 'reference'."
         )
     return requested
 
 
-def slow_backend_note(requested: str, device_type: str) -> str | None:
-    """One line for a user who expects speed from ``"auto"`` on a GPU and does not get it; None where there is none to get."""
-    if device_type != "cuda" or requested != "auto" or resolve_backend(requested, device_type) != "reference":
-        return None
-    reasons = "; ".join(
-        f"{name}: {why_not(name, device_type)}" for name in BACKEND_NAMES if name not in ("auto", "reference")
-    )
-    return f"products run on the reference backend, which is exact but slower than dense ({reasons})"
+def reasons_against(place: Place) -> str:
+    """Why the backends faster than the reference do not run at a place, for a message; empty where one does."""
+    reasons: list[str] = []
+    for name in reversed(_REGISTRY):
+        reason = _REGISTRY[name].why_not(place)
+        if reason is None:
+            return "" if name != "reference" else "; ".join(reasons)
+        reasons.append(f"{name}: {reason}")
+    return "; ".join(reasons)

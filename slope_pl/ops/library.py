@@ -3,29 +3,30 @@
 ``sparse_linear`` is differentiable in ``x``, ``values`` and ``bias``. The gradient of ``x`` goes through the double-pruned
 weight, by definition of the method (paper, section 3.2): it equals the true derivative only where the mask is transposable.
 The operations are not differentiable twice.
+
+Every operation is a function of plain tensors; compressed operands are kept behind it (:mod:`slope_pl.ops.operands`), so a
+compiled graph holds none of them and still refreshes them once an optimizer step.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slope_pl.ops import reference as _reference  # noqa: F401 (registers the backend)
 from slope_pl.ops.backends import get_backend
-from slope_pl.sparsity import choose_backward_indices as _choose_backward_indices
+from slope_pl.ops.operands import Operands, Pair, operands_of
 
 _LIB = torch.library.Library("slope", "DEF")
 _LIB.define(
-    "sparse_linear(Tensor x, Tensor values, Tensor indices, Tensor? bias, Tensor forward_operand, "
-    "Tensor? backward_operand, Tensor backward_indices, str backend) -> Tensor"
+    "sparse_linear(Tensor x, Tensor values, Tensor indices, Tensor backward_indices, Tensor? bias, bool needs_dx, "
+    "str backend) -> Tensor"
 )
-_LIB.define("dgrad(Tensor dy, Tensor backward_operand, Tensor backward_indices, str backend) -> Tensor")
+_LIB.define("dgrad(Tensor dy, Tensor values, Tensor indices, Tensor backward_indices, str backend) -> Tensor")
 _LIB.define("wgrad(Tensor dy, Tensor x, Tensor indices, ScalarType dtype, str backend) -> Tensor")
-_LIB.define("forward_operand(Tensor values, Tensor indices, ScalarType dtype, str backend) -> Tensor")
 _LIB.define(
-    "backward_operand(Tensor values, Tensor indices, Tensor backward_indices, ScalarType dtype, str backend) -> Tensor"
+    "choose_columns(Tensor values, Tensor indices, Tensor backward_indices, str backend) -> (Tensor, Tensor churn)"
 )
-_LIB.define("choose_backward_indices(Tensor values, Tensor indices) -> Tensor")
 
 
 @torch.library.impl(_LIB, "sparse_linear", "CompositeExplicitAutograd")
@@ -33,13 +34,20 @@ def _sparse_linear(
     x: Tensor,
     values: Tensor,
     indices: Tensor,
-    bias: Tensor | None,
-    forward_operand: Tensor,
-    backward_operand: Tensor | None,
     backward_indices: Tensor,
+    bias: Tensor | None,
+    needs_dx: bool,
     backend: str,
 ) -> Tensor:
-    return get_backend(backend).forward(x, forward_operand, indices, bias)
+    pair = operands_of(indices).current(values, indices, backward_indices, bias, x.dtype, backend, needs_dx)
+    return _multiply(x, pair, indices, bias, backend)
+
+
+def _multiply(x: Tensor, pair: Pair, indices: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    assert pair.forward is not None
+    if bias is not None and pair.bias is not None:
+        bias = pair.bias
+    return get_backend(backend).forward(x, pair.forward, indices, bias)
 
 
 @torch.library.register_fake("slope::sparse_linear", lib=_LIB)
@@ -48,12 +56,14 @@ def _sparse_linear_fake(x: Tensor, values: Tensor, *_: Any) -> Tensor:
 
 
 @torch.library.impl(_LIB, "dgrad", "CompositeExplicitAutograd")
-def _dgrad(dy: Tensor, backward_operand: Tensor, backward_indices: Tensor, backend: str) -> Tensor:
-    return get_backend(backend).dgrad(dy, backward_operand, backward_indices)
+def _dgrad(dy: Tensor, values: Tensor, indices: Tensor, backward_indices: Tensor, backend: str) -> Tensor:
+    pair = operands_of(indices).backward_of_now(values, indices, backward_indices, dy.dtype, backend)
+    assert pair.backward is not None
+    return get_backend(backend).dgrad(dy, pair.backward, backward_indices)
 
 
 @torch.library.register_fake("slope::dgrad", lib=_LIB)
-def _dgrad_fake(dy: Tensor, backward_operand: Tensor, backward_indices: Tensor, backend: str) -> Tensor:
+def _dgrad_fake(dy: Tensor, values: Tensor, indices: Tensor, backward_indices: Tensor, backend: str) -> Tensor:
     return dy.new_empty((*dy.shape[:-1], backward_indices.shape[0]))
 
 
@@ -67,59 +77,39 @@ def _wgrad_fake(dy: Tensor, x: Tensor, indices: Tensor, dtype: torch.dtype, back
     return dy.new_empty((indices.shape[0], indices.shape[1] * 4), dtype=dtype)
 
 
-@torch.library.impl(_LIB, "forward_operand", "CompositeExplicitAutograd")
-def _forward_operand(values: Tensor, indices: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    return get_backend(backend).make_forward_operand(values, indices, dtype)
+@torch.library.impl(_LIB, "choose_columns", "CompositeExplicitAutograd")
+def _choose_columns(values: Tensor, indices: Tensor, backward_indices: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return get_backend(backend).choose_columns(values, indices, backward_indices)
 
 
-@torch.library.register_fake("slope::forward_operand", lib=_LIB)
-def _forward_operand_fake(values: Tensor, indices: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    return values.new_empty(values.shape, dtype=dtype)
+@torch.library.register_fake("slope::choose_columns", lib=_LIB)
+def _choose_columns_fake(
+    values: Tensor, indices: Tensor, backward_indices: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(backward_indices), values.new_empty((), dtype=torch.float32)
 
 
-@torch.library.impl(_LIB, "backward_operand", "CompositeExplicitAutograd")
-def _backward_operand(
-    values: Tensor, indices: Tensor, backward_indices: Tensor, dtype: torch.dtype, backend: str
-) -> Tensor:
-    return get_backend(backend).make_backward_operand(values, indices, backward_indices, dtype)
-
-
-@torch.library.register_fake("slope::backward_operand", lib=_LIB)
-def _backward_operand_fake(
-    values: Tensor, indices: Tensor, backward_indices: Tensor, dtype: torch.dtype, backend: str
-) -> Tensor:
-    return values.new_empty((backward_indices.shape[0], backward_indices.shape[1] * 4), dtype=dtype)
-
-
-@torch.library.impl(_LIB, "choose_backward_indices", "CompositeExplicitAutograd")
-def _choose(values: Tensor, indices: Tensor) -> Tensor:
-    return _choose_backward_indices(values, indices)
-
-
-@torch.library.register_fake("slope::choose_backward_indices", lib=_LIB)
-def _choose_fake(values: Tensor, indices: Tensor) -> Tensor:
-    return indices.new_empty((values.shape[1] * 2, values.shape[0] // 8))
+def _bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    return dy.flatten(0, -2).sum(0).to(dtype) if dy.dim() > 1 else dy.to(dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, indices, bias, _, backward_operand, backward_indices, backend = inputs
-    ctx.save_for_backward(x, indices, backward_operand, backward_indices)
-    ctx.values_dtype, ctx.backend = values.dtype, backend
+    x, values, indices, backward_indices, bias, _, backend = inputs
+    ctx.save_for_backward(x if values.requires_grad else None, values, indices, backward_indices)
+    ctx.backend = backend
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, indices, backward_operand, backward_indices = ctx.saved_tensors
+    x, values, indices, backward_indices = ctx.saved_tensors
     dx = dvalues = dbias = None
     if ctx.needs_input_grad[0]:
-        if backward_operand is None:
-            raise RuntimeError("slope::sparse_linear: x needs a gradient, but no backward_operand was given")
-        dx = torch.ops.slope.dgrad(dy, backward_operand, backward_indices, ctx.backend)
+        dx = torch.ops.slope.dgrad(dy, values, indices, backward_indices, ctx.backend)
     if ctx.needs_input_grad[1]:
-        dvalues = torch.ops.slope.wgrad(dy, x, indices, ctx.values_dtype, ctx.backend)
-    if ctx.needs_input_grad[3]:
-        dbias = dy.flatten(0, -2).sum(0).to(ctx.bias_dtype) if dy.dim() > 1 else dy.to(ctx.bias_dtype)
-    return dx, dvalues, None, dbias, None, None, None, None
+        dvalues = torch.ops.slope.wgrad(dy, x, indices, values.dtype, ctx.backend)
+    if ctx.needs_input_grad[4]:
+        dbias = _bias_gradient(dy, ctx.bias_dtype)
+    return dx, dvalues, None, None, dbias, None, None
 
 
 def _refuse_second_derivative(ctx: Any, *_: Tensor) -> None:
@@ -132,56 +122,95 @@ for _name in ("dgrad", "wgrad"):
     torch.library.register_autograd(f"slope::{_name}", _refuse_second_derivative, lib=_LIB)
 
 
+class _EagerSparseLinear(torch.autograd.Function):
+    """``slope::sparse_linear`` without the dispatcher's Python layers, which cost more host time than the product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        indices: Tensor,
+        backward_indices: Tensor,
+        bias: Tensor | None,
+        operands: Operands,
+        needs_dx: bool,
+        backend: str,
+    ) -> Tensor:
+        pair = operands.current(values, indices, backward_indices, bias, x.dtype, backend, needs_dx)
+        ctx.save_for_backward(x if values.requires_grad else None, values, indices, backward_indices)
+        ctx.backend, ctx.bias_dtype = backend, None if bias is None else bias.dtype
+        ctx.backward_operand = pair.backward if needs_dx else None
+        return _multiply(x, pair, indices, bias, backend)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and dy.requires_grad:
+            _refuse_second_derivative(ctx)
+        x, values, indices, backward_indices = ctx.saved_tensors
+        backend = get_backend(ctx.backend)
+        dx = dvalues = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = backend.dgrad(dy, ctx.backward_operand, backward_indices)
+        if ctx.needs_input_grad[1]:
+            dvalues = backend.wgrad(dy, x, indices, values.dtype)
+        if ctx.needs_input_grad[4]:
+            dbias = _bias_gradient(dy, ctx.bias_dtype)
+        return dx, dvalues, None, None, dbias, None, None, None
+
+
+# Function.apply without its Python half, which serves torch.func transforms: those take the operation (_is_watched).
+_apply: Callable[..., Tensor] = super(torch.autograd.Function, _EagerSparseLinear).apply
+
+
 def sparse_linear(
     x: Tensor,
     values: Tensor,
     indices: Tensor,
-    bias: Tensor | None,
-    forward_operand: Tensor,
-    backward_operand: Tensor | None,
     backward_indices: Tensor,
+    bias: Tensor | None,
     backend: str,
+    operands: Operands | None = None,
 ) -> Tensor:
     """``y = x W^T + b`` with a 2:4 W; the backward pass gives ``dx = dy W_RC`` and the gradient of the kept values.
 
     Args:
         x: ``(..., d_in)``, floating; any leading shape, none and zero rows included.
-        values: ``(d_out, d_in / 2)``, the trainable kept values; the product reads ``forward_operand``, made from them.
+        values: ``(d_out, d_in / 2)``, the trainable kept values.
         indices: uint8 ``(d_out, d_in / 8)``.
-        bias: ``(d_out,)`` or None.
-        forward_operand: from :func:`forward_operand`, in the dtype of ``x``.
-        backward_operand: from :func:`backward_operand`; None where ``x`` needs no gradient.
         backward_indices: uint8 ``(d_in, d_out / 8)``.
+        bias: ``(d_out,)`` or None.
         backend: a resolved name, never ``"auto"``.
+        operands: the layer's own, which spares looking them up; found by ``indices`` without.
 
     Returns:
         ``(..., d_out)`` of the dtype of ``x``.
     """
-    return torch.ops.slope.sparse_linear(
-        x, values, indices, bias, forward_operand, backward_operand, backward_indices, backend
-    )
+    grad = torch.is_grad_enabled()
+    needs_dx = grad and x.requires_grad
+    if torch.compiler.is_compiling() or operands is None or _is_watched():
+        return torch.ops.slope.sparse_linear(x, values, indices, backward_indices, bias, needs_dx, backend)
+    if grad:
+        return _apply(x, values, indices, backward_indices, bias, operands, needs_dx, backend)
+    pair = operands.current(values, indices, backward_indices, bias, x.dtype, backend, False)
+    return _multiply(x, pair, indices, bias, backend)
 
 
-def forward_operand(values: Tensor, indices: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    """What ``backend`` multiplies in the forward pass, made from current values; shape and layout are the backend's."""
-    return torch.ops.slope.forward_operand(values.detach(), indices, dtype, backend)
+def _is_watched() -> bool:
+    """Whether a mode looks at operations (FLOP counters, fake tensors): it is shown ``slope::`` ones."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def backward_operand(
-    values: Tensor, indices: Tensor, backward_indices: Tensor, dtype: torch.dtype, backend: str
-) -> Tensor:
-    """What ``backend`` multiplies in the input gradient: current values under the given choice of columns."""
-    return torch.ops.slope.backward_operand(values.detach(), indices, backward_indices, dtype, backend)
-
-
-def choose_backward_indices(values: Tensor, indices: Tensor) -> Tensor:
+def choose_columns(values: Tensor, indices: Tensor, backward_indices: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """The re-setup: columns of the double-pruned transpose by current magnitude.
 
     Args:
         values: ``(d_out, d_in / 2)``.
         indices: uint8 ``(d_out, d_in / 8)``.
+        backward_indices: uint8 ``(d_in, d_out / 8)``, the choice so far.
+        backend: a resolved name.
 
     Returns:
-        uint8 ``(d_in, d_out / 8)``.
+        the new choice, uint8 ``(d_in, d_out / 8)``, and the share of the old backward mask that it replaces.
     """
-    return torch.ops.slope.choose_backward_indices(values, indices)
+    return torch.ops.slope.choose_columns(values.detach(), indices, backward_indices, backend)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slope_pl.ops.backends import Backend, register_backend
-from slope_pl.sparsity import backward_values, compress, decompress
+from slope_pl.ops.operands import Change, Pair
+from slope_pl.sparsity import backward_mask, backward_values, choose_backward_indices, compress, decompress
 
 P = ParamSpec("P")
 
@@ -30,6 +31,21 @@ def in_the_given_dtype(product: Callable[P, Tensor]) -> Callable[P, Tensor]:
             return product(*args, **kwargs)
 
     return wrapped
+
+
+def refresh(
+    pair: Pair, values: Tensor, indices: Tensor, backward_indices: Tensor, bias: Tensor | None, change: Change
+) -> None:
+    """Cast values forward, slots of the transpose backward."""
+    del bias
+    pair.forward_is_values = values.dtype == pair.dtype
+    if not change.needs_backward:
+        pair.backward = None
+    pair.forward = None  # the old operands' memory is free before the new ones are made
+    pair.forward = values if pair.forward_is_values else values.to(pair.dtype)
+    if change.needs_backward:
+        pair.backward = None
+        pair.backward = backward_values(pair.forward, indices, backward_indices)
 
 
 @in_the_given_dtype
@@ -51,26 +67,23 @@ def wgrad(dy: Tensor, x: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
     return compress(dense, indices).to(dtype)
 
 
-def make_forward_operand(values: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy of the kept values in the compute dtype."""
-    del indices
-    return values.to(dtype, copy=True)
-
-
-def make_backward_operand(values: Tensor, indices: Tensor, backward_indices: Tensor, dtype: torch.dtype) -> Tensor:
-    """The slots of the double-pruned transpose in the compute dtype."""
-    return backward_values(values.to(dtype), indices, backward_indices)
+def choose_columns(values: Tensor, indices: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+    """The re-setup, and the share of the previous backward mask that it replaced."""
+    before = backward_mask(indices, previous)
+    chosen = choose_backward_indices(values, indices)
+    replaced = backward_mask(indices, chosen) & ~before
+    return chosen, replaced.sum(dtype=torch.float32) / before.sum()
 
 
 register_backend(
     Backend(
         name="reference",
-        why_not=lambda device_type: None,
+        why_not=lambda place: None,
+        refresh=refresh,
         forward=forward,
         dgrad=dgrad,
         wgrad=wgrad,
-        make_forward_operand=make_forward_operand,
-        make_backward_operand=make_backward_operand,
-        forward_operand_is_values=True,
+        choose_columns=choose_columns,
+        own_values=lambda values, indices: None,
     )
 )

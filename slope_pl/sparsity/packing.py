@@ -103,7 +103,7 @@ def compress(dense: Tensor, indices: Tensor) -> Tensor:
         ValueError: if the shapes do not belong together.
     """
     _check_pair(dense.shape, indices, 1, "dense")
-    return dense.reshape(-1, 8).gather(1, _places(indices)).view(indices.shape[0], -1)
+    return dense.reshape(-1, 8).gather(1, _places(indices)).view(indices.shape[0], indices.shape[1] * 4)
 
 
 def decompress(values: Tensor, indices: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def decompress(values: Tensor, indices: Tensor) -> Tensor:
     """
     _check_pair(values.shape, indices, 2, "values")
     dense = values.new_zeros(indices.numel(), 8)
-    return dense.scatter_(1, _places(indices), values.reshape(-1, 4)).view(indices.shape[0], -1)
+    return dense.scatter_(1, _places(indices), values.reshape(-1, 4)).view(indices.shape[0], indices.shape[1] * 8)
 
 
 def _places(indices: Tensor) -> Tensor:

@@ -84,7 +84,8 @@ def test_validation_sees_the_average_and_current_operands(tmp_path, ema, precisi
     ).fit(module)
     got, want, live = (torch.tensor(losses) for losses in (by_hand.logged, by_hand.wanted, by_hand.live))
     assert len(got) == 5, "two before the wake, one at it, two after"
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=0)
+    # The average by hand differs in its last bit, which bf16 may round the other way.
+    torch.testing.assert_close(got, want, rtol=1e-4 if precision == "32-true" else 1e-3, atol=0)
     assert ((got - live).abs() > 0.01).all(), "live and average must be told apart"
 
 

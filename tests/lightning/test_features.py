@@ -1,5 +1,7 @@
 """What Lightning and torch offer around a run: compile, activation checkpointing, loggers, progress bars, tuner."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,8 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.tuner import Tuner
 from torch.utils.checkpoint import checkpoint
 
-from slope_pl import SLoPeCallback, SLoPeConfig, sparse_layers
+from slope_pl import SLoPeCallback, SLoPeConfig, ops, sparse_layers
+from slope_pl.ops import backends
 from tests.lightning.toy import CONFIG, QUIET, Net, Toy, assert_same, fit, make_trainer
 
 pytestmark = QUIET
@@ -78,12 +81,17 @@ def test_activation_checkpointing_changes_nothing(tmp_path, use_reentrant, preci
     assert_same(module.state_dict(), plain.state_dict())
 
 
+def count_refreshes(monkeypatch):
+    """A list that grows by one whenever a layer's operands are made."""
+    made, reference = [], ops.get_backend("reference")
+    counting = replace(reference, refresh=lambda *args: made.append(1) or reference.refresh(*args))
+    monkeypatch.setitem(backends._REGISTRY, "reference", counting)
+    return made
+
+
 def test_operands_are_made_once_an_optimizer_step(tmp_path, monkeypatch):
     """Not once a micro-batch: 4 of them share operands, in a precision where the operands are copies."""
-    from slope_pl import ops
-
-    made, original = [], ops.forward_operand
-    monkeypatch.setattr(ops, "forward_operand", lambda *args: made.append(1) or original(*args))
+    made = count_refreshes(monkeypatch)
     fit(tmp_path, precision="bf16-mixed", accumulate_grad_batches=4, config=SLoPeConfig(), max_steps=6)
     assert len(made) == 6 * 3
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from slope_pl import ops
 from slope_pl.errors import BackendUnavailableError
 from slope_pl.ops import backends
-from slope_pl.sparsity import compress, make_mask, pack_indices
-from tests.unit.reference import FLOATS, backward_mask_of, gaussian, mask_of, spread, within_twice_dense
+from slope_pl.sparsity import choose_backward_indices, compress, make_mask, pack_indices
+from tests.unit.reference import backward_mask_of, gaussian, mask_of, spread, within_twice_dense
 
 LEADING = {"rows": (6,), "none": (), "batch": (2, 3), "4d": (2, 1, 3), "zero": (0,), "zero4d": (2, 0, 3)}
 
@@ -25,7 +26,7 @@ class Case:
         self.indices = pack_indices(make_mask(kind, weight, seed=1))
         self.values = compress(weight, self.indices).requires_grad_()
         self.bias = gaussian(d_out, seed=1, dtype=dtype).requires_grad_() if bias else None
-        self.columns = ops.choose_backward_indices(self.values, self.indices)
+        self.columns = choose_backward_indices(self.values, self.indices)
         self.mask = mask_of(self.indices)
         self.weight = spread(self.values.detach(), self.indices)
         self.twice_pruned = self.weight * backward_mask_of(self.weight, self.mask)
@@ -36,39 +37,26 @@ class Case:
     def dy(self, *leading):
         return gaussian(*leading, self.weight.shape[0], seed=3, dtype=self.values.dtype)
 
-    def operands(self, values=None):
-        values = (self.values if values is None else values).detach()
-        dtype = values.dtype
-        return (
-            ops.forward_operand(values, self.indices, dtype, "reference"),
-            ops.backward_operand(values, self.indices, self.columns, dtype, "reference"),
-        )
-
     def args(self, x):
-        forward, backward = self.operands()
-        return x, self.values, self.indices, self.bias, forward, backward, self.columns, "reference"
+        return x, self.values, self.indices, self.columns, self.bias, x.requires_grad, "reference"
 
-    def __call__(self, x, values=None, bias=None):
+    def __call__(self, x, values=None, bias=None, operands=None):
         values = self.values if values is None else values
-        forward, backward = self.operands(values)
         bias = self.bias if bias is None else bias
-        return ops.sparse_linear(x, values, self.indices, bias, forward, backward, self.columns, "reference")
+        return ops.sparse_linear(x, values, self.indices, self.columns, bias, "reference", operands)
 
 
 def arguments(name, case):
     values, x, dy = case.values.detach(), case.x(5).detach(), case.dy(5)
-    forward, backward = case.operands()
     return {
-        "dgrad": (dy, backward, case.columns, "reference"),
+        "dgrad": (dy, values, case.indices, case.columns, "reference"),
         "wgrad": (dy, x, case.indices, torch.float32, "reference"),
-        "forward_operand": (values, case.indices, torch.bfloat16, "reference"),
-        "backward_operand": (values, case.indices, case.columns, torch.bfloat16, "reference"),
-        "choose_backward_indices": (values, case.indices),
-        "sparse_linear": (x, values, case.indices, None, forward, None, case.columns, "reference"),
+        "choose_columns": (values, case.indices, case.columns, "reference"),
+        "sparse_linear": (x, values, case.indices, case.columns, None, False, "reference"),
     }[name]
 
 
-NAMES = ("sparse_linear", "dgrad", "wgrad", "forward_operand", "backward_operand", "choose_backward_indices")
+NAMES = ("sparse_linear", "dgrad", "wgrad", "choose_columns")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -103,7 +91,8 @@ def test_fake_tensors_have_the_shape_and_dtype_of_the_result(name):
     real = op(*args)
     with FakeTensorMode() as mode:
         fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args))
-    assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+    for f, r in zip(*((t if isinstance(t, tuple) else (t,)) for t in (fake, real)), strict=True):
+        assert (f.shape, f.dtype, f.stride()) == (r.shape, r.dtype, r.stride())
 
 
 @pytest.mark.parametrize("leading", [(5,), (), (2, 3)])
@@ -173,29 +162,54 @@ def test_error_is_at_most_twice_that_of_the_dense_product(dtype):
         within_twice_dense(got, same[name], exact[name])
 
 
-def test_operands_and_gradients_have_the_dtype_asked_for():
+@pytest.mark.parametrize("operands", [None, ops.Operands()])
+def test_results_and_gradients_have_the_dtypes_of_what_they_belong_to(operands):
     case = Case(dtype=torch.float32)
     x = case.x(3).detach().bfloat16().requires_grad_()
-    forward = ops.forward_operand(case.values.detach(), case.indices, torch.bfloat16, "reference")
-    backward = ops.backward_operand(case.values.detach(), case.indices, case.columns, torch.bfloat16, "reference")
-    y = ops.sparse_linear(x, case.values, case.indices, case.bias, forward, backward, case.columns, "reference")
+    y = case(x, operands=operands)
     y.sum().backward()
-    assert (forward.dtype, backward.dtype, y.dtype, x.grad.dtype) == (torch.bfloat16,) * 4
+    assert (y.dtype, x.grad.dtype) == (torch.bfloat16,) * 2
     assert (case.values.grad.dtype, case.bias.grad.dtype) == (torch.float32,) * 2
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_forward_operand_is_a_copy(dtype):
-    case = Case(dtype=dtype)
-    operand = ops.forward_operand(case.values.detach(), case.indices, dtype, "reference")
-    before = operand.clone()
-    with torch.no_grad():
-        case.values.zero_()
-    assert torch.equal(operand, before)
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
+def test_the_eager_path_equals_the_operation(leading, bias, needs):
+    results = []
+    for operands in (None, ops.Operands()):
+        case = Case(bias=bias)
+        x = case.x(*leading).requires_grad_(needs[0])
+        case.values.requires_grad_(needs[1])
+        case(x, operands=operands).backward(case.dy(*leading))
+        results.append([t.grad for t in (x, case.values, case.bias) if t is not None])
+    for one, other in zip(*results, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
+
+
+def test_a_weight_changed_between_forward_and_backward_is_refused_as_torch_does():
+    for operands in (None, ops.Operands()):
+        case = Case()
+        y = case(case.x(5), operands=operands)
+        with torch.no_grad():
+            case.values.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_flops_are_half_of_dense_but_for_the_weight_gradient():
+    case = Case(d_out=16, d_in=24)
+    for operands in (None, ops.Operands()):
+        with FlopCounterMode(display=False) as counter:
+            case(case.x(2, 5), operands=operands).sum().backward()
+        dense = 2 * 10 * 16 * 24
+        assert counter.get_total_flops() == dense // 2 + dense // 2 + dense
 
 
 @pytest.mark.parametrize("wanted", ["x", "values", "bias"])
-def test_only_the_gradient_that_is_needed_is_computed(wanted, monkeypatch):
+@pytest.mark.parametrize("operands", [None, ops.Operands()])
+def test_only_the_gradient_that_is_needed_is_computed(wanted, operands, monkeypatch):
     calls = []
 
     def counted(name):
@@ -208,7 +222,7 @@ def test_only_the_gradient_that_is_needed_is_computed(wanted, monkeypatch):
     tensors = {"x": case.x(5), "values": case.values, "bias": case.bias}
     for name, tensor in tensors.items():
         tensor.requires_grad_(name == wanted)
-    case(tensors["x"]).sum().backward()
+    case(tensors["x"], operands=operands).sum().backward()
     assert calls == {"x": ["dgrad"], "values": ["wgrad"], "bias": []}[wanted]
     assert [tensor.grad is not None for tensor in tensors.values()] == [name == wanted for name in tensors]
 
@@ -218,17 +232,6 @@ def test_an_expanded_gradient_is_handled():
     x = case.x(5)
     case(x).sum().backward()  # sum() hands back a tensor of stride 0
     torch.testing.assert_close(x.grad, torch.ones(5, 16, dtype=torch.float64) @ case.twice_pruned)
-
-
-def test_a_missing_backward_operand_is_an_error_only_where_x_needs_a_gradient():
-    case = Case()
-    forward, _ = case.operands()
-    rest = (case.values, case.indices, case.bias, forward, None, case.columns, "reference")
-    ops.sparse_linear(case.x(5).detach(), *rest).sum().backward()
-    assert case.values.grad is not None
-    y = ops.sparse_linear(case.x(5), *rest)
-    with pytest.raises(RuntimeError, match="x needs a gradient, but no backward_operand was given"):
-        y.sum().backward()
 
 
 @pytest.mark.parametrize("wanted", ["x", "values"])
@@ -265,24 +268,33 @@ def test_a_direct_call_under_autocast_keeps_the_dtype_of_x():
 
 def test_auto_resolves_to_a_backend_that_runs_here():
     name = ops.resolve_backend("auto", "cpu")
-    assert ops.why_not(name, "cpu") is None
+    assert ops.why_not(name, ops.Place("cpu")) is None
     assert ops.get_backend(name).name == name == "reference"
 
 
-def test_auto_prefers_the_backend_registered_last_and_skips_what_cannot_run(monkeypatch):
-    reference = ops.get_backend("reference")
+@pytest.fixture
+def registry(monkeypatch):
     monkeypatch.setattr(backends, "_REGISTRY", dict(backends._REGISTRY))
-    ops.register_backend(
-        replace(reference, name="fast", why_not=lambda device: None if device == "cpu" else "CPU only")
-    )
-    assert [ops.resolve_backend("auto", device) for device in ("cpu", "cuda")] == ["fast", "reference"]
-    with pytest.raises(BackendUnavailableError, match="backend='fast' cannot run on 'cuda': CPU only"):
-        ops.resolve_backend("fast", "cuda")
+    monkeypatch.setattr(backends, "_RESOLVED", {})
 
 
-def test_a_gpu_user_of_auto_is_told_that_the_reference_is_slow():
-    note = ops.slow_backend_note("auto", "cuda")
-    assert "slower than dense" in note
-    assert "cusparselt: the compiled extension" in note
-    assert ops.slow_backend_note("auto", "cpu") is None
-    assert ops.slow_backend_note("reference", "cuda") is None
+def test_auto_prefers_the_backend_registered_last_and_skips_what_cannot_run(registry):
+    def why_not(place):
+        if place.device_type != "cpu":
+            return "CPU only"
+        return "no float64" if place.dtype == torch.float64 else None
+
+    ops.register_backend(replace(ops.get_backend("reference"), name="fast", why_not=why_not))
+    assert ops.resolve_backend("auto", "cpu") == "fast"
+    assert ops.resolve_backend("auto", "cpu", torch.float64) == "reference"
+    assert ops.resolve_backend("auto", "meta") == "reference"
+    with pytest.raises(BackendUnavailableError, match="backend='fast' cannot run on 'meta': CPU only"):
+        ops.resolve_backend("fast", "meta")
+    assert "fast: no float64" in ops.reasons_against(ops.Place("cpu", torch.float64))
+    assert ops.reasons_against(ops.Place("cpu")) == ""
+
+
+def test_the_compiled_backend_says_what_it_does_not_take():
+    assert ops.why_not("cusparselt", ops.Place("cpu")) == "it runs on CUDA GPUs only"
+    with pytest.raises(BackendUnavailableError, match="backend='cusparselt' cannot run on 'cpu'"):
+        ops.resolve_backend("cusparselt", "cpu")

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from slope_pl import SparseLinear, ops
 from slope_pl.nn import invalidate_operands
+from slope_pl.ops import backends
 from tests.unit.reference import backward_mask_of, gaussian, mask_of
 from tests.unit.sparse_linear_cases import D_IN, D_OUT, RANK, assert_current, awake, input_of, make, oracle, run
 
@@ -21,10 +23,13 @@ from tests.unit.sparse_linear_cases import D_IN, D_OUT, RANK, assert_current, aw
 @pytest.fixture
 def made(monkeypatch):
     """Names of the operands made, in order."""
-    calls = []
-    for name in ("forward_operand", "backward_operand"):
-        original = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda *args, f=original, n=name: calls.append(n) or f(*args))
+    calls, reference = [], ops.get_backend("reference")
+
+    def refresh(pair, values, *rest):
+        reference.refresh(pair, values, *rest)
+        calls.extend(["forward"] * (not pair.forward_is_values) + ["backward"] * rest[-1].needs_backward)
+
+    monkeypatch.setitem(backends._REGISTRY, "reference", replace(reference, refresh=refresh))
     return calls
 
 
@@ -54,7 +59,7 @@ def test_operands_are_made_once_an_optimizer_step_not_once_a_forward(made):
         for _ in range(4):  # gradient accumulation
             layer(input_of(layer)).sum().backward()
         optimizer.step()
-    assert made == ["backward_operand"] * 3  # in the parameters' dtype the forward operand is the values themselves
+    assert made == ["backward"] * 3  # in the parameters' dtype the forward operand is the values themselves
 
 
 def test_under_autocast_both_operands_are_made_once_a_step(made):
@@ -65,7 +70,7 @@ def test_under_autocast_both_operands_are_made_once_a_step(made):
             with torch.autocast("cpu", torch.bfloat16):
                 layer(input_of(layer)).sum().backward()
         optimizer.step()
-    assert made == ["forward_operand", "backward_operand"] * 2
+    assert made == ["forward", "backward"] * 2
 
 
 def test_evaluation_makes_no_backward_operand(made):

@@ -1,0 +1,106 @@
+"""The file that remembers searched algorithms, by GPU, library version and shape.
+
+``algorithms.json`` in ``$SLOPE_CACHE_DIR``, by default ``~/.cache/slope_pl``. Several processes may write it: each merges
+what it found under a lock and replaces the file whole. A damaged or foreign file is left out with one line and replaced at
+the next write.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from slope_pl.ops.extension import extension
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+_loaded: dict[str, "Algorithm"] | None = None
+
+
+class Algorithm(NamedTuple):
+    """A way to multiply: cuSPARSELt's id (-1: the library's default), and how often the reduction is split."""
+
+    id: int
+    split_k: int = 1
+    split_k_mode: int = 0
+
+
+def path() -> Path:
+    """Where the file lies; it need not exist."""
+    folder = os.environ.get("SLOPE_CACHE_DIR")
+    if folder:
+        return Path(folder) / "algorithms.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slope_pl" / "algorithms.json"
+
+
+def key(device: torch.device, dtype: torch.dtype, n: int, d_out: int, d_in: int, bias: bool) -> str:
+    """What an algorithm is remembered under; row counts that differ by less than a fifth share an entry."""
+    name, version = torch.cuda.get_device_name(device), extension().running
+    what = f"{str(dtype).removeprefix('torch.')} {bucket(n)}x{d_in}->{d_out}{' bias' if bias else ''}"
+    return f"{name} | cuSPARSELt {version} | {what}"
+
+
+def bucket(n: int) -> int:
+    """The largest of 4, 5, 6, 7 times a power of two that is not above ``n`` (itself below 8)."""
+    if n < 8:
+        return n
+    step = 1 << (n.bit_length() - 3)
+    return n // step * step
+
+
+def load() -> dict[str, Algorithm]:
+    """All entries; the file is read once in a process."""
+    global _loaded
+    if _loaded is None:
+        _loaded = _read()
+    return _loaded
+
+
+def store(key: str, algorithm: Algorithm) -> None:
+    """Remember an algorithm here and, where the file can be written, for other processes."""
+    load()[key] = algorithm
+    target = path()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target):
+            entries = {**_read(), key: algorithm}
+            text = {"format": FORMAT, "entries": {k: list(v) for k, v in sorted(entries.items())}}
+            with tempfile.NamedTemporaryFile("w", dir=target.parent, suffix=".tmp", delete=False) as file:
+                json.dump(text, file, indent=1)
+            os.replace(file.name, target)
+    except OSError as error:
+        log.warning("slope_pl: algorithms are not remembered: %s (set SLOPE_CACHE_DIR to a folder)", error)
+
+
+def _read() -> dict[str, Algorithm]:
+    try:
+        text = json.loads(path().read_text())
+        if text["format"] != FORMAT:
+            raise ValueError(f"format {text['format']!r}, expected {FORMAT}")
+        return {str(k): _entry(v) for k, v in text["entries"].items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("slope_pl: %s is not a file of algorithms and is left out (%s)", path(), error)
+        return {}
+
+
+def _entry(value: Any) -> Algorithm:
+    if not (isinstance(value, list) and len(value) == 3 and all(type(part) is int for part in value)):
+        raise ValueError(f"entry {value!r}, expected three integers")
+    return Algorithm(*value)
+
+
+@contextlib.contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,158 @@
+"""The cuSPARSELt backend: kept plans, verified algorithms, operands made by our own kernels (``extensions/``).
+
+An operand is one buffer of the compute dtype, ``9 / 16 d_out d_in`` elements: the kept values ``(d_out, d_in / 2)``, then
+the hardware's metadata. A weight of that dtype lives inside its own forward operand, so that no second copy of it exists.
+"""
+
+import torch
+from torch import Tensor
+
+from slope_pl.ops.algorithms import Launch, choose_launch
+from slope_pl.ops.backends import Backend, Place, register_backend
+from slope_pl.ops.extension import extension
+from slope_pl.ops.operands import Change, Pair
+from slope_pl.ops.reference import in_the_given_dtype
+
+DTYPES = (torch.bfloat16, torch.float16)
+_FLOATS = (torch.float32, *DTYPES)
+_Key = tuple[int, int, int, torch.dtype, int, bool]
+_LAUNCHES: dict[_Key, Launch] = {}
+_MAX_LAUNCHES = 1 << 14  # distinct token counts of a long run; beyond, they are looked up in the cache again
+
+
+def _device_problem() -> str | None:
+    """Why no GPU of this process can run it. Creates no context: the GPU is asked once something else has made one."""
+    if not torch.cuda.is_available():
+        return "this machine has no usable CUDA GPU"
+    if torch.cuda.is_initialized() and (capability := torch.cuda.get_device_capability()) < (8, 0):
+        return f"sparse tensor cores need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    return None
+
+
+def why_not(place: Place) -> str | None:
+    """The first condition that a place does not meet."""
+    if place.device_type != "cuda":
+        return "it runs on CUDA GPUs only"
+    problem = extension().problem or _device_problem()
+    if problem is not None:
+        return problem
+    if place.dtype is not None and place.dtype not in DTYPES:
+        name = str(place.dtype).removeprefix("torch.")
+        return f"it multiplies bfloat16 and float16, the input is {name} (train with precision bf16-mixed or bf16-true)"
+    if place.d_out is not None and place.d_in is not None and (place.d_out % 16 or place.d_in % 16):
+        return f"{place.d_out}x{place.d_in}: both sides must be multiples of 16"
+    return None
+
+
+def refresh(
+    pair: Pair, values: Tensor, indices: Tensor, backward_indices: Tensor, bias: Tensor | None, change: Change
+) -> None:
+    """Metadata where a mask changed, then both operands' values in one pass."""
+    ops = torch.ops.slope_cuda
+    d_out, d_in = values.shape[0], values.shape[1] * 2
+    values = values.contiguous()
+    if pair.forward is None:
+        pair.forward, change.pattern = _new_operand(values, d_out, d_in, pair.dtype), True
+    if change.pattern:
+        ops.write_metadata(indices, pair.forward)
+    if change.needs_backward:
+        if pair.backward is None:
+            pair.backward, change.columns = _new_operand(values, d_in, d_out, pair.dtype), True
+        if change.columns:
+            ops.write_metadata(backward_indices, pair.backward)
+    forward = None if pair.forward_is_values else pair.forward
+    backward = pair.backward if change.needs_backward else None
+    if forward is not None or backward is not None:
+        ops.refresh(values, indices, backward_indices, forward, backward)
+    if bias is not None:
+        _refresh_bias(pair, bias)
+
+
+def _refresh_bias(pair: Pair, bias: Tensor) -> None:
+    """The bias in the compute dtype: its address is part of every plan, so a copy keeps its place."""
+    if bias.dtype == pair.dtype and bias.is_contiguous() and bias.data_ptr() % 16 == 0:
+        pair.bias = None  # the layer's own serves
+        return
+    if pair.bias is None or pair.bias.shape != bias.shape:
+        pair.bias = torch.empty(bias.shape, dtype=pair.dtype, device=bias.device)
+    pair.bias.copy_(bias)
+
+
+def _new_operand(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "SparseLinear: operands cannot be allocated while a CUDA graph is recorded, run one training step (or "
+            "layer.refresh_operands(dtype)) before"
+        )
+    size = torch.ops.slope_cuda.operand_bytes(like, rows, columns, dtype)
+    return torch.empty(size // 2, dtype=dtype, device=like.device)
+
+
+def own_values(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Move a weight into its own forward operand.
+
+    Only where nobody else has a share in its storage: ZeRO's flat buffers, say, must go on being what the weight is.
+    """
+    d_out, d_in = values.shape[0], values.shape[1] * 2
+    alone = values.is_contiguous() and values.untyped_storage().nbytes() == values.nbytes
+    if not alone or why_not(Place(values.device.type, values.dtype, d_out, d_in)) is not None:
+        return None
+    operand = _new_operand(values, d_out, d_in, values.dtype)
+    head = operand[: values.numel()].view(values.shape)
+    head.copy_(values)
+    # Through DLPack the weight gets a storage of its own size at the operand's address: saved and copied, it is itself and
+    # nothing more, while it keeps the whole buffer alive.
+    return torch.from_dlpack(head), operand
+
+
+def _launch_for(x: Tensor, operand: Tensor, indices: Tensor, bias: Tensor | None) -> Launch:
+    d_out, d_in = indices.shape[0], indices.shape[1] * 8
+    key = (x.numel() // d_in, d_out, d_in, x.dtype, x.device.index, bias is not None)
+    launch = _LAUNCHES.get(key)
+    if launch is None:
+        launch = choose_launch(x, operand, indices, bias)
+        if not torch.cuda.is_current_stream_capturing():  # where nothing could be searched
+            if len(_LAUNCHES) >= _MAX_LAUNCHES:
+                _LAUNCHES.clear()
+            _LAUNCHES[key] = launch
+    return launch
+
+
+def forward(x: Tensor, forward_operand: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
+    """``x W^T + b``: ``(..., d_in) -> (..., d_out)``; any number of rows."""
+    launch = _launch_for(x, forward_operand, indices, bias)
+    return torch.ops.slope_cuda.spmm.default(x, forward_operand, bias, indices.shape[0], *launch)
+
+
+def dgrad(dy: Tensor, backward_operand: Tensor, backward_indices: Tensor) -> Tensor:
+    """``dy W_RC``: ``(..., d_out) -> (..., d_in)``."""
+    return forward(dy, backward_operand, backward_indices, None)
+
+
+@in_the_given_dtype
+def wgrad(dy: Tensor, x: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(dy^T x)`` at the kept entries: a dense GEMM, then one pass that selects and casts."""
+    dense = dy.reshape(-1, dy.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+    if dtype not in _FLOATS:
+        return torch.ops.slope_cuda.select.default(dense, indices, torch.float32).to(dtype)
+    return torch.ops.slope_cuda.select.default(dense, indices, dtype)
+
+
+def choose_columns(values: Tensor, indices: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+    """The re-setup in one kernel, churn included."""
+    chosen, counts = torch.ops.slope_cuda.choose_columns(values.detach().contiguous(), indices, previous)
+    return chosen, counts[0].to(torch.float32) / counts[1].to(torch.float32)
+
+
+register_backend(
+    Backend(
+        name="cusparselt",
+        why_not=why_not,
+        refresh=refresh,
+        forward=forward,
+        dgrad=dgrad,
+        wgrad=wgrad,
+        choose_columns=choose_columns,
+        own_values=own_values,
+    )
+)

@@ -1,0 +1,239 @@
+"""Operands: what a backend multiplies, derived from the values and kept between products.
+
+A product asks for the operands of its weight; they are made anew only where the values, the masks, the bias or the dtype
+changed since, that is once an optimizer step. Buffers stay where they are, so that a CUDA graph may hold their addresses.
+"""
+
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from slope_pl.ops.backends import get_backend
+from slope_pl.ops.freshness import masks_generation, weights_generation
+
+Stamp = tuple[int, int]
+
+
+class Pair:
+    """The operands of one weight in one dtype, for one backend.
+
+    Attributes:
+        dtype: of the products.
+        forward: what the forward product multiplies, in the backend's layout; None before the first.
+        backward: what the input gradient multiplies; None until a training forward needs it.
+        bias: a copy of the bias in ``dtype``, at an address that stays; None where the layer's own serves.
+        forward_is_values: whether ``forward`` lies in the storage of the values themselves.
+    """
+
+    __slots__ = ("_state", "backend", "backward", "bias", "captured", "dtype", "forward", "forward_is_values")
+
+    def __init__(self, dtype: torch.dtype, backend: str) -> None:
+        self.dtype, self.backend = dtype, backend
+        self.forward: Tensor | None = None
+        self.backward: Tensor | None = None
+        self.bias: Tensor | None = None
+        self.forward_is_values = False
+        self.captured = False
+        self._state: _State | None = None
+
+
+class Change:
+    """What a backend has to do in a refresh.
+
+    Attributes:
+        pattern: the forward mask is new: rebuild the forward metadata.
+        columns: the backward choice is new: rebuild the backward metadata.
+        needs_backward: whether the backward operand is wanted.
+    """
+
+    __slots__ = ("columns", "needs_backward", "pattern")
+
+    def __init__(self, pattern: bool, columns: bool, needs_backward: bool) -> None:
+        self.pattern, self.columns, self.needs_backward = pattern, columns, needs_backward
+
+
+class _State:
+    """What the operands of a pair were made from, as stamps (address, version) of the sources."""
+
+    __slots__ = ("backward", "bias", "columns", "masks", "pattern", "values", "weights")
+
+    def __init__(self, weights: int, masks: int, values: Stamp, pattern: Stamp, bias: Stamp | None) -> None:
+        self.weights, self.masks, self.values, self.pattern, self.bias = weights, masks, values, pattern, bias
+        self.columns: Stamp | None = None  # of the backward operand; None while there is none
+        self.backward = False  # whether the backward operand is as current as the rest
+
+    def is_of(self, values: Tensor, indices: Tensor) -> bool:
+        """Whether values and forward mask are still what they were."""
+        return (
+            self.weights == weights_generation()
+            and self.masks == masks_generation()
+            and self.values == _stamp(values)
+            and self.pattern == _stamp(indices)
+        )
+
+
+def _stamp(tensor: Tensor) -> Stamp:
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+class Operands:
+    """The kept operands of one weight, one :class:`Pair` a dtype and backend. Owned by its layer."""
+
+    def __init__(self) -> None:
+        self._pairs: dict[tuple[torch.dtype, str], Pair] = {}
+        self._sources: tuple[Tensor, ...] = ()
+
+    def adopt(self, values: Tensor, indices: Tensor) -> None:
+        """Make these operands the ones that products of this weight find; earlier ones are dropped.
+
+        While the sources are held, no other tensor can come to lie at their address.
+        """
+        self._pairs.clear()
+        self._sources = (values.detach(), indices)
+        if indices.device.type != "meta":
+            _LIVE[indices.data_ptr()] = self
+
+    def clear(self) -> None:
+        """Forget everything, memory included."""
+        self._pairs.clear()
+
+    def distrust(self) -> None:
+        """Rebuild everything at the next product, in the buffers that are there."""
+        for pair in self._pairs.values():
+            pair._state = None
+
+    def give_forward(self, dtype: torch.dtype, backend: str, operand: Tensor) -> None:
+        """Use ``operand`` for the forward product: its values part is the storage of the values themselves."""
+        pair = self._pairs.setdefault((dtype, backend), Pair(dtype, backend))
+        pair.forward, pair.forward_is_values, pair._state = operand, True, None
+
+    def current(
+        self,
+        values: Tensor,
+        indices: Tensor,
+        backward_indices: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        backend: str,
+        needs_backward: bool,
+    ) -> Pair:
+        """Operands as of now.
+
+        Args:
+            values: ``(d_out, d_in / 2)``.
+            indices: uint8 ``(d_out, d_in / 8)``.
+            backward_indices: uint8 ``(d_in, d_out / 8)``.
+            bias: ``(d_out,)`` or None.
+            dtype: of the product.
+            backend: a resolved name.
+            needs_backward: whether an input gradient will be asked for.
+        """
+        pair = self._pairs.get((dtype, backend))
+        if (
+            pair is not None
+            and not pair.captured
+            and (state := pair._state) is not None
+            and state.is_of(values, indices)
+            and (bias is None or state.bias == _stamp(bias))
+            and (not needs_backward or (state.backward and state.columns == _stamp(backward_indices)))
+            and not (values.is_cuda and torch.cuda.is_current_stream_capturing())
+        ):
+            return pair
+        return self.refresh(values, indices, backward_indices, bias, dtype, backend, needs_backward)
+
+    def backward_of_now(
+        self, values: Tensor, indices: Tensor, backward_indices: Tensor, dtype: torch.dtype, backend: str
+    ) -> Pair:
+        """Operands for an input gradient: those that the forward left, if nothing has changed since.
+
+        Unlike :meth:`current`, this trusts them while a CUDA graph is recorded: the forward was recorded before, with
+        its refresh.
+        """
+        pair = self._pairs.get((dtype, backend))
+        if (
+            pair is not None
+            and (state := pair._state) is not None
+            and state.is_of(values, indices)
+            and state.backward
+            and state.columns == _stamp(backward_indices)
+        ):
+            return pair
+        return self.refresh(values, indices, backward_indices, None, dtype, backend, True)
+
+    def refresh_all(self, values: Tensor, indices: Tensor, backward_indices: Tensor, bias: Tensor | None) -> None:
+        """Bring every pair that exists up to date, in place: after a re-setup, for CUDA graphs that hold the buffers."""
+        for dtype, backend in list(self._pairs):
+            needs_backward = self._pairs[dtype, backend].backward is not None
+            self.refresh(values, indices, backward_indices, bias, dtype, backend, needs_backward)
+
+    def refresh(
+        self,
+        values: Tensor,
+        indices: Tensor,
+        backward_indices: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        backend: str,
+        needs_backward: bool,
+    ) -> Pair:
+        """Make the operands, current or not; arguments as in :meth:`current`."""
+        if [source.data_ptr() for source in self._sources] != [values.data_ptr(), indices.data_ptr()]:
+            kept = {key: pair for key, pair in self._pairs.items() if not pair.forward_is_values}
+            self.adopt(values, indices)
+            self._pairs.update(kept)
+        pair = self._pairs.get((dtype, backend))
+        if pair is None:
+            pair = self._pairs[dtype, backend] = Pair(dtype, backend)
+        capturing = values.is_cuda and torch.cuda.is_current_stream_capturing()
+        masks, old = masks_generation(), pair._state
+        pattern, columns = _stamp(indices), _stamp(backward_indices)
+        same_masks = old is not None and old.masks == masks
+        change = Change(
+            pattern=not (same_masks and old is not None and old.pattern == pattern),
+            columns=not (same_masks and old is not None and old.columns == columns),
+            needs_backward=needs_backward,
+        )
+        bias_stamp = None if bias is None else _stamp(bias)
+        if bias is None and old is not None:
+            bias_stamp = old.bias  # an input gradient asks without the bias
+        state = _State(weights_generation(), masks, _stamp(values), pattern, bias_stamp)
+        # What is made under inference_mode could not be saved for a later backward.
+        with torch.inference_mode(False), torch.no_grad():
+            get_backend(backend).refresh(pair, values.detach(), indices, backward_indices, bias, change)
+        if needs_backward:
+            state.columns, state.backward = columns, True
+        elif pair.backward is not None and old is not None:
+            state.columns = old.columns if same_masks else None  # its metadata still is of that choice
+        pair._state = state
+        # A recorded refresh runs again at each replay, which moves weights without a trace here: from now on nothing is
+        # taken as current.
+        pair.captured = pair.captured or capturing
+        return pair
+
+    def nbytes(self) -> int:
+        """Bytes that the operands take beside the values."""
+        total = 0
+        for pair in self._pairs.values():
+            total += sum(tensor.nbytes for tensor in (pair.forward, pair.backward, pair.bias) if tensor is not None)
+            if pair.forward is not None and pair.forward_is_values:
+                total -= self._sources[0].nbytes
+        return total
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Operands":
+        """A copied layer makes its own."""
+        return Operands()
+
+    def __reduce__(self) -> tuple[type["Operands"], tuple[()]]:
+        """Likewise a pickled one."""
+        return Operands, ()
+
+
+# Operands by the address of their indices: compiled graphs hand over tensors, not layers.
+_LIVE: WeakValueDictionary[int, Operands] = WeakValueDictionary()
+
+
+def operands_of(indices: Tensor) -> Operands:
+    """The operands kept for a weight, or fresh ones, dropped after use, for tensors that belong to no layer."""
+    return _LIVE.get(indices.data_ptr()) or Operands()
