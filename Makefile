@@ -3,7 +3,7 @@ VENV   ?= .venv
 PYTHON ?= python3
 PY     ?= $(VENV)/bin/python
 TORCH  ?= torch==2.13.0
-EXTRAS ?= dev,deepspeed,eval
+EXTRAS ?= dev,deepspeed,eval,bench
 ARGS   ?=
 RUNS   ?= runs
 # Many small tests on few cores: more threads than that only wait for each other.
@@ -35,7 +35,7 @@ ready := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.ready)
 
 # The compiled backend. Needs nvcc, no GPU; cuSPARSELt's headers come with the pip package, which a CUDA torch brings.
 extension: $(ready) ## compile the cuSPARSELt backend into the package (where nvcc is)
-	$(if $(ready),@$(INSTALL) -q "nvidia-cusparselt-cu13>=0.8")
+	$(if $(ready),@$(INSTALL) -q --no-deps "nvidia-cusparselt-cu13>=0.8" "nvidia-cutlass>=4.2,<4.3")
 	$(PY) extensions/build.py $(ARGS)
 
 info: $(ready) ## versions, GPU, which backend multiplies and why

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent
 LIBRARY = Path("slope_pl") / "ops" / "slope_cuda.so"
 
 
-def load_build():  # noqa: ANN201 (a module)
+def load_build():
     """``extensions/build.py`` as a module."""
     spec = importlib.util.spec_from_file_location("slope_build", ROOT / "extensions" / "build.py")
     module = importlib.util.module_from_spec(spec)

@@ -17,11 +17,18 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TARGET = HERE.parent / "slope_pl" / "ops" / "slope_cuda.so"
-KERNELS = ("operands/refresh.cu", "operands/markers.cu", "resetup/choose.cu", "select/select.cu")
+KERNELS = (
+    "operands/refresh.cu",
+    "operands/markers.cu",
+    "operands/metadata.cu",
+    "resetup/choose.cu",
+    "select/select.cu",
+)
 HOST = ("library.cpp", "spmm/session.cpp")
 # The oldest torch whose stable interface is used; a library built so loads in every later one.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 ARCHITECTURES = ("80", "90")
+CUTLASS_KERNELS, CUTLASS_DTYPES = 3, 2  # of cutlass/instances.h
 
 
 class BuildError(RuntimeError):
@@ -63,6 +70,29 @@ def find_cusparselt() -> tuple[Path, Path]:
     )
 
 
+def find_cutlass() -> Path | None:
+    """Folder with CUTLASS's ``include``, from CUTLASS_HOME or the pip package ``nvidia-cutlass``; None without."""
+    homes = [Path(os.environ["CUTLASS_HOME"])] if "CUTLASS_HOME" in os.environ else []
+    spec = importlib.util.find_spec("cutlass_library")
+    homes += [Path(place) / "source" for place in (spec.submodule_search_locations or [])] if spec else []
+    return next((home for home in homes if (home / "include" / "cutlass" / "cutlass.h").exists()), None)
+
+
+def cutlass_commands(nvcc: Path, home: Path, objects_dir: Path) -> list[tuple[list[str], Path]]:
+    """The Hopper kernels: one compilation a kernel and dtype, about a minute each, and their dispatch."""
+    flags = ["-DNDEBUG", "-O3", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "--expt-relaxed-constexpr"]
+    start = [str(nvcc), *flags, "-Xcompiler", "-fPIC,-fvisibility=hidden", "-c"]
+    includes = [f"-I{home / 'include'}", f"-I{home / 'tools' / 'util' / 'include'}"]
+    dispatch = objects_dir / "spmm_sm90.cu.o"
+    commands = [([*start, str(HERE / "cutlass" / "spmm_sm90.cu"), "-o", str(dispatch)], dispatch)]
+    for kernel in range(CUTLASS_KERNELS):
+        for dtype in range(CUTLASS_DTYPES):
+            out = objects_dir / f"sm90_{kernel}_{dtype}.o"
+            which = [f"-DSLOPE_SM90_KERNEL={kernel}", f"-DSLOPE_SM90_DTYPE={dtype}"]
+            commands.append(([*start, *includes, *which, str(HERE / "cutlass" / "instance.cu"), "-o", str(out)], out))
+    return commands
+
+
 def find_torch() -> Path:
     """Folder of the installed torch, found without importing it."""
     spec = importlib.util.find_spec("torch")
@@ -90,6 +120,18 @@ def run(command: list[str]) -> None:
         raise BuildError(f"failed: {' '.join(command)}\n{done.stdout}{done.stderr}")
 
 
+def _stamp_of(out: Path) -> Path:
+    return out.with_suffix(".command")
+
+
+def _is_current(out: Path, command: list[str]) -> bool:
+    """Whether an object of the slow kernels is newer than all their sources and was made by the same command."""
+    stamp = _stamp_of(out)
+    if not out.exists() or not stamp.exists() or stamp.read_text() != " ".join(command):
+        return False
+    return all(source.stat().st_mtime < out.stat().st_mtime for source in (HERE / "cutlass").glob("*.[ch]*"))
+
+
 def build(target: Path = TARGET, architectures: tuple[str, ...] = ARCHITECTURES, jobs: int | None = None) -> Path:
     """Compile and link everything.
 
@@ -110,7 +152,19 @@ def build(target: Path = TARGET, architectures: tuple[str, ...] = ARCHITECTURES,
     objects_dir.mkdir(exist_ok=True)
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     codes.append(f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
-    commands, objects = [], []
+    commands: list[list[str]] = []
+    objects: list[Path] = []
+    cutlass = find_cutlass()
+    if cutlass is None:
+        print(
+            "without the CUTLASS kernels for narrow layers on Hopper: pip install nvidia-cutlass, or set CUTLASS_HOME"
+        )
+    else:
+        print("the CUTLASS kernels take a few minutes ...", flush=True)
+        for command, out in cutlass_commands(nvcc, cutlass, objects_dir):  # the slowest first
+            objects.append(out)
+            if not _is_current(out, command):
+                commands.append(command)
     for source in KERNELS:
         out = objects_dir / (Path(source).stem + ".cu.o")
         commands.append(
@@ -133,6 +187,8 @@ def build(target: Path = TARGET, architectures: tuple[str, ...] = ARCHITECTURES,
         objects.append(out)
     with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
         list(pool.map(run, commands))
+    for command in commands:
+        _stamp_of(Path(command[command.index("-o") + 1])).write_text(" ".join(command))
     cudart = next(path for path in (nvcc.parent.parent / "lib64", nvcc.parent.parent / "lib") if path.exists())
     partial = target.with_suffix(".partial")
     # libtorch.so and not libtorch_cpu.so alone: on a CUDA torch it brings in the symbol of the current stream.

@@ -6,6 +6,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
 #include <cstdint>
 
 namespace slope {
@@ -27,6 +28,11 @@ cudaError_t choose_columns(const void* values, Dtype dtype, const uint8_t* indic
 // (rows, columns) of a 16-bit dtype: 1.0 at both positions of every group, +0.0 elsewhere.
 cudaError_t write_markers(const uint8_t* indices, void* dense, Dtype dtype, int64_t rows, int64_t columns,
                           cudaStream_t stream);
+
+// cuSPARSELt's metadata of a 2:4 matrix (rows, columns) on Hopper, without the library. `metadata_bytes` is what is written;
+// the library's own size may be padded beyond it.
+size_t metadata_bytes(int64_t rows, int64_t columns);
+cudaError_t write_metadata(const uint8_t* indices, void* metadata, int64_t rows, int64_t columns, cudaStream_t stream);
 
 // dense (rows, columns) -> its kept entries (rows, columns / 2), cast.
 cudaError_t select_kept(const void* dense, Dtype from, const uint8_t* indices, void* kept, Dtype to, int64_t rows,

@@ -18,6 +18,9 @@
 
 #include "kernels.h"
 #include "spmm/session.h"
+#if defined(SLOPE_WITH_SM90)
+#include "cutlass/spmm_sm90.h"
+#endif
 
 // Absent from a torch without CUDA, where nothing below can be reached.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
@@ -135,7 +138,17 @@ Tensor scratch(size_t bytes, const Tensor& like) {
   return new_tensor(like, {int64_t(bytes)}, aoti_torch_dtype_uint8());
 }
 
-// How to multiply, in one number: cuSPARSELt's id plus one (0: the library's choice) in the low 16 bits, then 8 bits of
+// From here on an algorithm's id names a configuration of the CUTLASS kernels, whose operands have metadata of their own.
+constexpr int64_t kSm90 = 0x4000;
+
+// In which order the metadata of an operand are.
+enum Order : int64_t {
+  kLibrary = 0,  // cuSPARSELt's, made by cuSPARSELt
+  kDirect = 1,   // the same, written by our kernel
+  kCutlass = 2,  // of the CUTLASS kernels
+};
+
+// How to multiply, in one number: the algorithm's id plus one (0: the library's choice) in the low 16 bits, then 8 bits of
 // split-k parts and 8 bits of its mode. One argument of an operation is a microsecond.
 struct How {
   int64_t algorithm, split_k, split_k_mode;
@@ -153,6 +166,36 @@ std::optional<Rows> rows_of(const Tensor& x, int64_t d_in) {
   if (x.is_contiguous()) return Rows{n, d_in};
   if (x.dim() == 2 && x.stride(1) == 1 && x.stride(0) >= d_in && x.stride(0) % 8 == 0) return Rows{n, x.stride(0)};
   return std::nullopt;
+}
+
+#if defined(SLOPE_WITH_SM90)
+slope::sm90::Dtype sm90_dtype(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 ? slope::sm90::Dtype::bf16 : slope::sm90::Dtype::f16;
+}
+
+void check_reason(const char* reason, const char* what) { STD_TORCH_CHECK(reason == nullptr, what, ": ", reason); }
+
+// By a CUTLASS kernel: any number of rows, contiguous.
+void multiply_sm90(const Tensor& x, const Tensor& operand, const void* bias, Tensor& y, int64_t n, int64_t d_out,
+                   int64_t d_in, int config) {
+  namespace sm90 = slope::sm90;
+  const size_t values = size_t(d_out * d_in), bytes = values + sm90::metadata_bytes(sm90::Metadata::k64, d_out, d_in);
+  STD_TORCH_CHECK(size_t(operand.numel()) * 2 >= bytes, "spmm: operand has ", operand.numel(), " elements, expected ",
+                  bytes / 2, " for W (", d_out, ", ", d_in, ") and a CUTLASS kernel");
+  const auto* data = static_cast<const char*>(operand.const_data_ptr());
+  const auto epilogue = bias == nullptr ? sm90::Epilogue::none : sm90::Epilogue::bias;
+  check_reason(sm90::run(config, epilogue, sm90_dtype(x.scalar_type()), x.const_data_ptr(), data, data + values, bias,
+                         y.mutable_data_ptr(), nullptr, n, d_out, d_in, nullptr, current_stream(x)),
+               "spmm");
+}
+#endif
+
+int64_t sm90_configs() {
+#if defined(SLOPE_WITH_SM90)
+  return slope::sm90::config_count();
+#else
+  return 0;
+#endif
 }
 
 Tensor spmm(const Tensor& input, const Tensor& operand, const MaybeTensor& bias, int64_t d_out, int64_t how,
@@ -173,7 +216,9 @@ Tensor spmm(const Tensor& input, const Tensor& operand, const MaybeTensor& bias,
     bias_pointer = bias->const_data_ptr();
   }
   OnDeviceOf guard(input);
+  const How best(how);
   auto rows = rows_of(input, d_in);
+  if (best.algorithm >= kSm90 && rows.has_value() && rows->ld != d_in) rows.reset();  // read without gaps only
   const Tensor x = rows.has_value()        ? input
                    : input.is_contiguous() ? torch::stable::clone(input)  // misaligned
                                            : torch::stable::contiguous(input);
@@ -183,6 +228,14 @@ Tensor spmm(const Tensor& input, const Tensor& operand, const MaybeTensor& bias,
   const int32_t code = dtype_code(input);
   Tensor y = new_tensor(input, shape, code);
   if (rows->n == 0) return y;
+  if (best.algorithm >= kSm90) {
+#if defined(SLOPE_WITH_SM90)
+    multiply_sm90(x, operand, bias_pointer, y, rows->n, d_out, d_in, int(best.algorithm - kSm90));
+    return y;
+#else
+    STD_TORCH_CHECK(false, "spmm: this library was built without the CUTLASS kernels");
+#endif
+  }
 
   return guarded([&] {
     const cudaStream_t stream = current_stream(input);
@@ -201,7 +254,7 @@ Tensor spmm(const Tensor& input, const Tensor& operand, const MaybeTensor& bias,
     const int64_t rest = rows->n % 8, whole = rows->n - rest, bytes = 2;
     const auto* from = static_cast<const char*>(x.const_data_ptr());
     auto* to = static_cast<char*>(y.mutable_data_ptr());
-    if (whole > 0) multiply(whole, rows->ld, from, to, How(how));
+    if (whole > 0) multiply(whole, rows->ld, from, to, best);
     if (rest > 0) {
       Tensor padded = new_tensor(input, {8, d_in}, code), result = new_tensor(input, {8, d_out}, code);
       auto* tail = static_cast<char*>(padded.mutable_data_ptr());
@@ -229,40 +282,75 @@ int64_t max_algorithm(const Tensor& x, int64_t d_out) {
 
 int64_t kept_plans(const Tensor& x) { return int64_t(session_of(x).plans()); }
 
-int64_t operand_bytes(const Tensor& like, int64_t d_out, int64_t d_in, ScalarType dtype) {
+int64_t operand_bytes(const Tensor& like, int64_t d_out, int64_t d_in, ScalarType dtype, int64_t order) {
+  const cudaDataType type = cuda_type_of(dtype, "operand");
+  if (order == kCutlass) {
+#if defined(SLOPE_WITH_SM90)
+    return d_out * d_in + int64_t(slope::sm90::metadata_bytes(slope::sm90::Metadata::k64, d_out, d_in));
+#else
+    STD_TORCH_CHECK(false, "operand_bytes: this library was built without the CUTLASS kernels");
+#endif
+  }
   OnDeviceOf guard(like);
   return guarded([&]() -> int64_t {
-    const slope::Compression compression(session_of(like), d_out, d_in, cuda_type_of(dtype, "operand"));
+    const slope::Compression compression(session_of(like), d_out, d_in, type);
     return int64_t(compression.operand_bytes());
   });
 }
 
-void write_metadata(const Tensor& indices, Tensor operand) {
+// cuSPARSELt's metadata by cuSPARSELt: the marker matrix is compressed, what follows the values is kept.
+void compress_markers(const uint8_t* indices, Tensor& operand, int64_t rows, int64_t columns, cudaDataType type,
+                      cudaStream_t stream) {
+  const slope::Compression compression(session_of(operand), rows, columns, type);
+  const size_t total = compression.operand_bytes(), values = size_t(rows * columns);
+  STD_TORCH_CHECK(size_t(operand.numel()) * 2 == total, "operand: ", operand.numel() * 2, " bytes, expected ", total);
+  Tensor markers = scratch(size_t(rows * columns) * 2, operand), compressed = scratch(total, operand);
+  Tensor buffer = scratch(compression.buffer_bytes() + 1, operand);
+  slope::check(slope::write_markers(indices, markers.mutable_data_ptr(), dtype_of(operand.scalar_type(), "operand"), rows,
+                                    columns, stream),
+               "markers");
+  // Metadata are padded to tiles, and the padding is not written.
+  slope::check(cudaMemsetAsync(static_cast<char*>(compressed.mutable_data_ptr()) + values, 0, total - values, stream),
+               "padding of the metadata");
+  compression.run(markers.const_data_ptr(), compressed.mutable_data_ptr(), buffer.mutable_data_ptr(), stream);
+  slope::check(cudaMemcpyAsync(static_cast<char*>(operand.mutable_data_ptr()) + values,
+                               static_cast<const char*>(compressed.const_data_ptr()) + values, total - values,
+                               cudaMemcpyDeviceToDevice, stream),
+               "copy of the metadata");
+}
+
+void write_metadata(const Tensor& indices, Tensor operand, int64_t order) {
   STD_TORCH_CHECK(indices.dim() == 2, "indices: shape ", shape_of(indices), ", expected (rows, columns / 8)");
   const int64_t rows = indices.size(0), columns = indices.size(1) * 8;
   const cudaDataType type = cuda_type_of(operand.scalar_type(), "operand");
   check_plain(operand, "operand", operand);
   check_indices(indices, "indices", rows, columns, operand);
   OnDeviceOf guard(operand);
+  const cudaStream_t stream = current_stream(operand);
+  const auto* bytes = static_cast<const uint8_t*>(indices.const_data_ptr());
+  // rows * columns / 2 values of two bytes come first; what follows is the metadata.
+  const size_t values = size_t(rows * columns), room = size_t(operand.numel()) * 2;
+  auto* metadata = static_cast<char*>(operand.mutable_data_ptr()) + values;
+  if (order == kCutlass) {
+#if defined(SLOPE_WITH_SM90)
+    const auto k64 = slope::sm90::Metadata::k64;
+    STD_TORCH_CHECK(room >= values + slope::sm90::metadata_bytes(k64, rows, columns), "operand: ", room,
+                    " bytes are too few");
+    check_reason(slope::sm90::build_metadata(k64, bytes, metadata, rows, columns, stream), "write_metadata");
+    return;
+#else
+    STD_TORCH_CHECK(false, "write_metadata: this library was built without the CUTLASS kernels");
+#endif
+  }
   guarded([&] {
-    const cudaStream_t stream = current_stream(operand);
-    const slope::Compression compression(session_of(operand), rows, columns, type);
-    const size_t total = compression.operand_bytes(), values = size_t(rows * columns);
-    STD_TORCH_CHECK(size_t(operand.numel()) * 2 == total, "operand: ", operand.numel() * 2, " bytes, expected ", total);
-    Tensor markers = scratch(size_t(rows * columns) * 2, operand), compressed = scratch(total, operand);
-    Tensor buffer = scratch(compression.buffer_bytes() + 1, operand);
-    slope::check(slope::write_markers(static_cast<const uint8_t*>(indices.const_data_ptr()), markers.mutable_data_ptr(),
-                                      dtype_of(operand.scalar_type(), "operand"), rows, columns, stream),
-                 "markers");
-    // Metadata are padded to tiles, and the padding is not written.
-    slope::check(cudaMemsetAsync(static_cast<char*>(compressed.mutable_data_ptr()) + values, 0, total - values, stream),
-                 "padding of the metadata");
-    compression.run(markers.const_data_ptr(), compressed.mutable_data_ptr(), buffer.mutable_data_ptr(), stream);
-    // rows * columns / 2 values of two bytes come first; what follows is the metadata.
-    slope::check(cudaMemcpyAsync(static_cast<char*>(operand.mutable_data_ptr()) + values,
-                                 static_cast<const char*>(compressed.const_data_ptr()) + values, total - values,
-                                 cudaMemcpyDeviceToDevice, stream),
-                 "copy of the metadata");
+    if (order == kLibrary) {
+      compress_markers(bytes, operand, rows, columns, type, stream);
+      return;
+    }
+    const size_t written = slope::metadata_bytes(rows, columns);
+    STD_TORCH_CHECK(room >= values + written, "operand: ", room, " bytes, expected at least ", values + written);
+    slope::check(slope::write_metadata(bytes, metadata, rows, columns, stream), "write_metadata");
+    slope::check(cudaMemsetAsync(metadata + written, 0, room - values - written, stream), "padding of the metadata");
   });
 }
 
@@ -354,13 +442,14 @@ STABLE_TORCH_LIBRARY(slope_cuda, m) {
   m.def("spmm(Tensor x, Tensor operand, Tensor? bias, int d_out, int how, int tail_how) -> Tensor");
   m.def("max_algorithm(Tensor x, int d_out) -> int");
   m.def("kept_plans(Tensor x) -> int");
-  m.def("operand_bytes(Tensor like, int d_out, int d_in, ScalarType dtype) -> int");
-  m.def("write_metadata(Tensor indices, Tensor(a!) operand) -> ()");
+  m.def("operand_bytes(Tensor like, int d_out, int d_in, ScalarType dtype, int order) -> int");
+  m.def("write_metadata(Tensor indices, Tensor(a!) operand, int order) -> ()");
   m.def(
       "refresh(Tensor values, Tensor indices, Tensor? backward_indices, Tensor(a!)? forward_operand, "
       "Tensor(b!)? backward_operand) -> ()");
   m.def("choose_columns(Tensor values, Tensor indices, Tensor? previous) -> (Tensor, Tensor)");
   m.def("select(Tensor dense, Tensor indices, ScalarType dtype) -> Tensor");
+  m.def("sm90_configs() -> int");
   m.def("header_version() -> int");
   m.def("library_version() -> int");
 }
@@ -377,6 +466,7 @@ STABLE_TORCH_LIBRARY_IMPL(slope_cuda, CUDA, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(slope_cuda, CompositeExplicitAutograd, m) {
+  m.impl("sm90_configs", TORCH_BOX(&sm90_configs));
   m.impl("header_version", TORCH_BOX(&header_version));
   m.impl("library_version", TORCH_BOX(&library_version));
 }

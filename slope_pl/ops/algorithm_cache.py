@@ -6,6 +6,7 @@ the next write.
 """
 
 import contextlib
+import enum
 import fcntl
 import json
 import logging
@@ -21,12 +22,27 @@ from slope_pl.ops.extension import extension
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
+SM90 = 0x4000
 _loaded: dict[str, "Algorithm"] | None = None
 
 
+class Order(enum.IntEnum):
+    """In which order an operand's metadata lie, as ``slope_cuda::write_metadata`` counts them.
+
+    LIBRARY: cuSPARSELt's, made by cuSPARSELt. DIRECT: the same, written by our own kernel. CUTLASS: of the Hopper kernels.
+    """
+
+    LIBRARY = 0
+    DIRECT = 1
+    CUTLASS = 2
+
+
 class Algorithm(NamedTuple):
-    """A way to multiply: cuSPARSELt's id (-1: the library's default), and how often the reduction is split."""
+    """A way to multiply: an id, and how often the reduction is split.
+
+    Ids are cuSPARSELt's (-1: its default), or, from ``SM90`` on, configurations of the CUTLASS kernels.
+    """
 
     id: int
     split_k: int = 1
@@ -41,11 +57,12 @@ def path() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slope_pl" / "algorithms.json"
 
 
-def key(device: torch.device, dtype: torch.dtype, n: int, d_out: int, d_in: int, bias: bool) -> str:
-    """What an algorithm is remembered under; row counts that differ by less than a fifth share an entry."""
+def key(device: torch.device, dtype: torch.dtype, n: int, d_out: int, d_in: int, bias: bool, order: Order) -> str:
+    """What an algorithm is remembered under; row counts that differ by less than a quarter share an entry."""
     name, version = torch.cuda.get_device_name(device), extension().running
+    library = "CUTLASS kernels 1" if order is Order.CUTLASS else f"cuSPARSELt {version}"
     what = f"{str(dtype).removeprefix('torch.')} {bucket(n)}x{d_in}->{d_out}{' bias' if bias else ''}"
-    return f"{name} | cuSPARSELt {version} | {what}"
+    return f"{name} | {library} | {what}"
 
 
 def bucket(n: int) -> int:

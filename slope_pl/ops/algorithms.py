@@ -8,6 +8,7 @@ file is checked once more, on a sample of rows, before it is used in a process.
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from slope_pl.ops import algorithm_cache as cache
-from slope_pl.ops.algorithm_cache import Algorithm
+from slope_pl.ops.algorithm_cache import SM90, Algorithm, Order
 from slope_pl.sparsity import decompress
 
 log = logging.getLogger(__name__)
@@ -53,12 +54,14 @@ class Problem(NamedTuple):
         operand: the compressed W.
         indices: of W, uint8 ``(d_out, d_in / 8)``.
         bias: ``(d_out,)`` or None.
+        order: of the operand's metadata.
     """
 
     x: Tensor
     operand: Tensor
     indices: Tensor
     bias: Tensor | None
+    order: Order
 
     def run(self, algorithm: Algorithm) -> Tensor:
         """The product by a given algorithm; raises RuntimeError where the library refuses it."""
@@ -71,7 +74,7 @@ class Problem(NamedTuple):
         return decompress(self.operand[: d_out * kept].view(d_out, kept), self.indices)
 
 
-def choose_launch(x: Tensor, operand: Tensor, indices: Tensor, bias: Tensor | None) -> Launch:
+def choose_launch(x: Tensor, operand: Tensor, indices: Tensor, bias: Tensor | None, order: Order) -> Launch:
     """How to multiply an input of this shape; searches where neither this process nor the cache file knows.
 
     Args:
@@ -79,50 +82,58 @@ def choose_launch(x: Tensor, operand: Tensor, indices: Tensor, bias: Tensor | No
         operand: the compressed W.
         indices: of W, uint8 ``(d_out, d_in / 8)``.
         bias: ``(d_out,)`` or None.
+        order: of the operand's metadata, which says whose algorithms there are to choose from.
     """
     n = x.numel() // x.shape[-1] if x.numel() else 0
+    if order is Order.CUTLASS:  # takes any number of rows
+        how = encode(_algorithm(x, n, operand, indices, bias, order))
+        return Launch(how, how)
     whole, tail = n - n % 8, n % 8
-    best = _algorithm(x, whole, operand, indices, bias) if whole else DEFAULT
-    rest = _algorithm(x, 8, operand, indices, bias) if tail else DEFAULT
+    best = _algorithm(x, whole, operand, indices, bias, order) if whole else DEFAULT
+    rest = _algorithm(x, 8, operand, indices, bias, order) if tail else DEFAULT
     if not whole:
         best = rest
     return Launch(encode(best), encode(rest))
 
 
-def _algorithm(x: Tensor, n: int, operand: Tensor, indices: Tensor, bias: Tensor | None) -> Algorithm:
+def _algorithm(x: Tensor, n: int, operand: Tensor, indices: Tensor, bias: Tensor | None, order: Order) -> Algorithm:
+    fallback = candidates(0, order)[0]
+    if n == 0:
+        return fallback
     d_out, d_in = indices.shape[0], indices.shape[1] * 8
-    key = cache.key(x.device, x.dtype, n, d_out, d_in, bias is not None)
+    key = cache.key(x.device, x.dtype, n, d_out, d_in, bias is not None, order)
     found = _VERIFIED.get(key)
     if found is not None:
         return found
+    if os.environ.get("SLOPE_SEARCH") == "0":
+        return fallback
     if torch.cuda.is_current_stream_capturing():
         log.warning(
             "slope_pl: no algorithm is known for %s and none can be searched while a CUDA graph is recorded: the library's "
             "default is used; run the step once before recording",
             key,
         )
-        return DEFAULT
+        return fallback
     with torch.no_grad(), torch.autocast("cuda", enabled=False):
         try:
-            problem = _random_problem(x, n, operand, indices, bias)
+            problem = _random_problem(x, n, operand, indices, bias, order)
             chosen = _from_cache(key, problem) or _searched(key, problem)
         except torch.OutOfMemoryError:
             log.warning("slope_pl: no memory to search an algorithm for %s; the library's default is used", key)
-            return DEFAULT
+            return fallback
     _VERIFIED[key] = chosen
     return chosen
 
 
-def _random_problem(x: Tensor, n: int, operand: Tensor, indices: Tensor, bias: Tensor | None) -> Problem:
+def _random_problem(x: Tensor, n: int, operand: Tensor, indices: Tensor, bias: Tensor | None, order: Order) -> Problem:
     """Data of its own: what is being trained may be zero, infinite or NaN, and its random numbers are not touched."""
     generator = torch.Generator(x.device).manual_seed(0)
     d_out, d_in = indices.shape[0], indices.shape[1] * 8
     values, weights = torch.empty(n, d_in, dtype=x.dtype, device=x.device), operand.clone()
     values.normal_(generator=generator)
     weights[: d_out * d_in // 2].normal_(generator=generator)
-    return Problem(
-        values, weights, indices, None if bias is None else torch.empty_like(bias).normal_(generator=generator)
-    )
+    bias = None if bias is None else torch.empty_like(bias).normal_(generator=generator)
+    return Problem(values, weights, indices, bias, order)
 
 
 def _from_cache(key: str, problem: Problem) -> Algorithm | None:
@@ -138,7 +149,7 @@ def _from_cache(key: str, problem: Problem) -> Algorithm | None:
 
 def _searched(key: str, problem: Problem) -> Algorithm:
     count = torch.ops.slope_cuda.max_algorithm(problem.x, problem.indices.shape[0])
-    timed = fastest_first(candidates(count), problem.run, _milliseconds)
+    timed = fastest_first(candidates(count, problem.order), problem.run, _milliseconds)
     for time, algorithm in timed:
         reason = refusal(problem.run, algorithm, problem)
         if reason is None:
@@ -147,12 +158,19 @@ def _searched(key: str, problem: Problem) -> Algorithm:
             return algorithm
         log.warning("slope_pl: algorithm %s for %s %s; not used", algorithm, key, reason)
     raise RuntimeError(
-        f"cuSPARSELt has no algorithm for {key} whose result is right (tried {len(timed)}); use backend='reference'"
+        f"there is no algorithm for {key} whose result is right (tried {len(timed)}); use backend='reference'"
     )
 
 
-def candidates(count: int) -> list[Algorithm]:
-    """The library's own choice, and the vetted ids among the ``count`` that it has."""
+def candidates(count: int, order: Order) -> list[Algorithm]:
+    """What can be tried, the one to fall back on first.
+
+    Args:
+        count: how many ids cuSPARSELt has; only vetted ones are tried.
+        order: of the operand's metadata: the CUTLASS kernels have configurations of their own.
+    """
+    if order is Order.CUTLASS:
+        return [Algorithm(SM90 + i) for i in range(torch.ops.slope_cuda.sm90_configs())]
     return [DEFAULT, *(Algorithm(i) for i in VETTED_IDS if i < count)]
 
 

@@ -2,19 +2,32 @@
 
 An operand is one buffer of the compute dtype, ``9 / 16 d_out d_in`` elements: the kept values ``(d_out, d_in / 2)``, then
 the hardware's metadata. A weight of that dtype lives inside its own forward operand, so that no second copy of it exists.
+
+On Hopper, narrow layers are multiplied by CUTLASS kernels instead where the extension has them: they are faster there
+(``extensions/cutlass/README.md``). Their metadata lie in another order, so a weight's shape alone decides.
 """
+
+import functools
+import logging
 
 import torch
 from torch import Tensor
 
-from slope_pl.ops.algorithms import Launch, choose_launch
+from slope_pl.ops.algorithm_cache import Order
+from slope_pl.ops.algorithms import DEFAULT, Launch, choose_launch, encode
 from slope_pl.ops.backends import Backend, Place, register_backend
 from slope_pl.ops.extension import extension
 from slope_pl.ops.operands import Change, Pair
 from slope_pl.ops.reference import in_the_given_dtype
+from slope_pl.sparsity import pack_indices
+from slope_pl.sparsity.masks import keep_two_of_four
 
 DTYPES = (torch.bfloat16, torch.float16)
+log = logging.getLogger(__name__)
 _FLOATS = (torch.float32, *DTYPES)
+# A weight whose shorter side is at most this goes to the CUTLASS kernels: measured faster at 768, 1024 and 1536 on an H100,
+# slower from 4096 on.
+NARROW = 1536
 _Key = tuple[int, int, int, torch.dtype, int, bool]
 _LAUNCHES: dict[_Key, Launch] = {}
 _MAX_LAUNCHES = 1 << 14  # distinct token counts of a long run; beyond, they are looked up in the cache again
@@ -54,12 +67,12 @@ def refresh(
     if pair.forward is None:
         pair.forward, change.pattern = _new_operand(values, d_out, d_in, pair.dtype), True
     if change.pattern:
-        ops.write_metadata(indices, pair.forward)
+        ops.write_metadata(indices, pair.forward, order_of(d_out, d_in, values.device))
     if change.needs_backward:
         if pair.backward is None:
             pair.backward, change.columns = _new_operand(values, d_in, d_out, pair.dtype), True
         if change.columns:
-            ops.write_metadata(backward_indices, pair.backward)
+            ops.write_metadata(backward_indices, pair.backward, order_of(d_in, d_out, values.device))
     forward = None if pair.forward_is_values else pair.forward
     backward = pair.backward if change.needs_backward else None
     if forward is not None or backward is not None:
@@ -78,13 +91,51 @@ def _refresh_bias(pair: Pair, bias: Tensor) -> None:
     pair.bias.copy_(bias)
 
 
+@functools.cache
+def order_of(d_out: int, d_in: int, device: torch.device) -> Order:
+    """In which order the metadata of a weight lie, and so which library multiplies it."""
+    hopper = torch.cuda.get_device_capability(device) == (9, 0)
+    if hopper and min(d_out, d_in) <= NARROW and torch.ops.slope_cuda.sm90_configs() > 0:
+        return Order.CUTLASS
+    return Order.DIRECT if hopper and _direct_order_is_right(device) else Order.LIBRARY
+
+
+@functools.cache
+def _direct_order_is_right(device: torch.device) -> bool:
+    """Whether metadata written by our kernel multiply like those that cuSPARSELt makes itself: asked once a process.
+
+    The order is not documented, and a new version of the library may change it.
+    """
+    ops, dtype = torch.ops.slope_cuda, torch.bfloat16
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for rows, columns in ((80, 272), (256, 512)):
+            key = torch.rand(rows, columns, device=device, generator=generator)
+            indices = pack_indices(keep_two_of_four(key))
+            size = ops.operand_bytes(indices, rows, columns, dtype, Order.LIBRARY) // 2
+            x = torch.empty(64, columns, device=device, dtype=dtype).normal_(generator=generator)
+            operand = torch.empty(size, device=device, dtype=dtype).normal_(generator=generator)
+            results = []
+            for order in (Order.LIBRARY, Order.DIRECT):
+                ops.write_metadata(indices, operand, order)
+                results.append(ops.spmm(x, operand, None, rows, encode(DEFAULT), encode(DEFAULT)))
+            if not torch.equal(*results):
+                log.warning(
+                    "slope_pl: cuSPARSELt %s orders its metadata in a way that is not known here; they are made by the "
+                    "library itself, which costs up to milliseconds a layer at each re-setup",
+                    extension().running,
+                )
+                return False
+    return True
+
+
 def _new_operand(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "SparseLinear: operands cannot be allocated while a CUDA graph is recorded, run one training step (or "
             "layer.refresh_operands(dtype)) before"
         )
-    size = torch.ops.slope_cuda.operand_bytes(like, rows, columns, dtype)
+    size = torch.ops.slope_cuda.operand_bytes(like, rows, columns, dtype, order_of(rows, columns, like.device))
     return torch.empty(size // 2, dtype=dtype, device=like.device)
 
 
@@ -110,7 +161,7 @@ def _launch_for(x: Tensor, operand: Tensor, indices: Tensor, bias: Tensor | None
     key = (x.numel() // d_in, d_out, d_in, x.dtype, x.device.index, bias is not None)
     launch = _LAUNCHES.get(key)
     if launch is None:
-        launch = choose_launch(x, operand, indices, bias)
+        launch = choose_launch(x, operand, indices, bias, order_of(d_out, d_in, x.device))
         if not torch.cuda.is_current_stream_capturing():  # where nothing could be searched
             if len(_LAUNCHES) >= _MAX_LAUNCHES:
                 _LAUNCHES.clear()

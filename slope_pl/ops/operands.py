@@ -95,9 +95,10 @@ class Operands:
         if indices.device.type != "meta":
             _LIVE[indices.data_ptr()] = self
 
-    def clear(self) -> None:
-        """Forget everything, memory included."""
-        self._pairs.clear()
+    @property
+    def adopted(self) -> bool:
+        """Whether they belong to a weight yet; those of a copied or unpickled layer do not."""
+        return bool(self._sources)
 
     def distrust(self) -> None:
         """Rebuild everything at the next product, in the buffers that are there."""

@@ -8,7 +8,8 @@ import torch
 
 from slope_pl.ops import algorithm_cache as cache
 from slope_pl.ops import algorithms
-from slope_pl.ops.algorithm_cache import Algorithm
+from slope_pl.ops.algorithm_cache import Algorithm, Order
+from slope_pl.ops.cusparselt import order_of
 from tests.gpu.compiled_cases import make, require_extension
 
 pytestmark = pytest.mark.gpu
@@ -28,10 +29,11 @@ def fresh(tmp_path, monkeypatch):
 
 def problem(n=256, d_in=128, d_out=192):
     layer = make(d_in, d_out)
+    order = order_of(d_out, d_in, layer.values.device)
     x = torch.randn(n, d_in, device="cuda", dtype=torch.bfloat16)
     layer(x.requires_grad_()).sum().backward()
     operand = layer._operands._pairs[torch.bfloat16, "cusparselt"].forward
-    return algorithms.Problem(x.detach(), operand, layer.indices, None)
+    return algorithms.Problem(x.detach(), operand, layer.indices, None, order)
 
 
 def test_what_is_found_is_written_and_read_again(monkeypatch, tmp_path):
@@ -56,8 +58,11 @@ def test_what_is_found_is_written_and_read_again(monkeypatch, tmp_path):
 def test_every_algorithm_of_this_library_is_right_or_refused():
     case = problem()
     count = torch.ops.slope_cuda.max_algorithm(case.x, 192)
-    reasons = {a: algorithms.refusal(case.run, a, case) for a in algorithms.candidates(count)}
-    assert any(reason is None for reason in reasons.values())
+    for order in (case.order, Order.DIRECT):
+        case = problem(256, *((128, 192) if order is case.order else (1552, 2048)))
+        reasons = {a: algorithms.refusal(case.run, a, case) for a in algorithms.candidates(count, order)}
+        assert any(reason is None for reason in reasons.values())
+        assert not [reason for reason in reasons.values() if reason and not reason.startswith("cannot run")], reasons
 
 
 @pytest.mark.parametrize(
@@ -71,10 +76,10 @@ def test_every_algorithm_of_this_library_is_right_or_refused():
 )
 def test_an_algorithm_with_wrong_results_is_refused(name, spoil):
     case = problem()
-    wrong = Algorithm(3)
+    wrong, right = Algorithm(3), algorithms.candidates(1, case.order)[0]
 
     def run(algorithm):
-        y = case.run(algorithms.DEFAULT)
+        y = case.run(right)
         return spoil(y) if algorithm == wrong else y
 
     reason = algorithms.refusal(run, wrong, case)
@@ -85,10 +90,11 @@ def test_an_algorithm_with_wrong_results_is_refused(name, spoil):
 
 def test_an_algorithm_that_does_not_repeat_itself_is_refused():
     case, calls = problem(), []
+    right = algorithms.candidates(1, case.order)[0]
 
     def run(algorithm):
         calls.append(1)
-        return case.run(algorithms.DEFAULT) * (1 + 2**-7 * len(calls))
+        return case.run(right) * (1 + 2**-7 * len(calls))
 
     assert algorithms.refusal(run, Algorithm(0), case) == "gives other bits each time"
 
@@ -97,7 +103,7 @@ def test_an_algorithm_that_does_not_repeat_itself_is_refused():
 def test_a_wrong_id_in_the_file_is_refused_and_replaced(id_, caplog, tmp_path):
     layer = make(128, 192)
     x = torch.randn(256, 128, device="cuda", dtype=torch.bfloat16)
-    name = cache.key(x.device, x.dtype, 256, 192, 128, True)
+    name = cache.key(x.device, x.dtype, 256, 192, 128, True, order_of(192, 128, x.device))
     cache.store(name, Algorithm(id_, 1, 0) if id_ > 0 else Algorithm(0, 64, 2))
     with caplog.at_level(logging.WARNING):
         layer(x)

@@ -3,12 +3,16 @@
 import pytest
 import torch
 
+from slope_pl.ops.algorithm_cache import Order
+from slope_pl.ops.algorithms import candidates, encode
+from slope_pl.ops.cusparselt import order_of
 from slope_pl.sparsity import (
     MASK_KINDS,
     backward_mask,
     backward_values,
     choose_backward_indices,
     compress,
+    decompress,
     make_mask,
     pack_indices,
 )
@@ -90,34 +94,65 @@ def test_select(ops, shape, source, target):
     assert torch.equal(bits(kept), bits(compress(dense, indices).to(target)))
 
 
+def orders(ops):
+    return [order for order in Order if order is not Order.CUTLASS or ops.sm90_configs() > 0]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_metadata_depends_on_the_mask_alone(ops, dtype):
     values, indices, _ = weight((64, 96), dtype)
-    size = ops.operand_bytes(values, 64, 96, dtype) // 2
-    assert 64 * 96 * 9 // 16 <= size <= 64 * 128 * 9 // 16  # metadata are padded to tiles
-    metadata = []
-    for fill in (0.0, -0.0, float("nan"), 1.0):
-        operand = torch.full((size,), fill, dtype=dtype, device="cuda")
-        ops.write_metadata(indices, operand)
-        head, tail = operand[: values.numel()], operand[values.numel() :]
-        assert torch.equal(bits(head), bits(torch.full_like(head, fill)))
-        metadata.append(bits(tail))
-    assert all(torch.equal(metadata[0], other) for other in metadata)
+    for order in orders(ops):
+        size = ops.operand_bytes(values, 64, 96, dtype, order) // 2
+        assert 64 * 96 * 9 // 16 <= size <= 64 * 128 * 9 // 16  # metadata are padded to tiles
+        metadata = []
+        for fill in (0.0, -0.0, float("nan"), 1.0):
+            operand = torch.full((size,), fill, dtype=dtype, device="cuda")
+            ops.write_metadata(indices, operand, order)
+            head, tail = operand[: values.numel()], operand[values.numel() :]
+            assert torch.equal(bits(head), bits(torch.full_like(head, fill)))
+            metadata.append(bits(tail))
+        assert all(torch.equal(metadata[0], other) for other in metadata)
+
+
+def test_hopper_is_known():
+    """On this chip and library our own kernel writes what the library would; elsewhere the library does it itself."""
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert order_of(4096, 4096, torch.device("cuda", 0)) is Order.DIRECT
+        assert torch.ops.slope_cuda.sm90_configs() > 0, "the extension was built without the CUTLASS kernels"
+
+
+@pytest.mark.parametrize("kind", MASK_KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(16, 16), (80, 272), (208, 336), (256, 512), (1024, 768)])
+def test_products_by_every_order_of_metadata(ops, shape, dtype, kind):
+    values, indices, _ = weight(shape, dtype, kind)
+    x = torch.randn(136, shape[1], device="cuda", dtype=dtype)
+    bias = torch.randn(shape[0], device="cuda", dtype=dtype)
+    exact = torch.nn.functional.linear(x.double(), decompress(values, indices).double(), bias.double())
+    dense = torch.nn.functional.linear(x, decompress(values, indices), bias)
+    for order in orders(ops):
+        operand = torch.empty(ops.operand_bytes(values, *shape, dtype, order) // 2, dtype=dtype, device="cuda")
+        ops.refresh(values, indices, None, operand, None)
+        ops.write_metadata(indices, operand, order)
+        for algorithm in candidates(2, order):
+            y = ops.spmm(x, operand, bias, shape[0], encode(algorithm), encode(algorithm))
+            error, allowed = ((t.double() - exact).abs().max() for t in (y, dense))
+            assert error <= 2 * allowed, f"{order!r} {algorithm}: {error} against {allowed}"
 
 
 @pytest.mark.parametrize("name", ["spmm", "select", "choose_columns", "refresh", "write_metadata"])
 def test_opcheck(ops, name):
     values, indices, columns = weight((32, 64), torch.bfloat16)
-    size = ops.operand_bytes(values, 32, 64, torch.bfloat16) // 2
+    size = ops.operand_bytes(values, 32, 64, torch.bfloat16, 0) // 2
     operand = torch.zeros(size, dtype=torch.bfloat16, device="cuda")
-    ops.write_metadata(indices, operand)
+    ops.write_metadata(indices, operand, 0)
     x = torch.randn(16, 64, device="cuda", dtype=torch.bfloat16)
     arguments = {
         "spmm": (x, operand, None, 32, 0, 0),
         "select": (torch.randn(32, 64, device="cuda"), indices, torch.bfloat16),
         "choose_columns": (values, indices, columns),
         "refresh": (values, indices, columns, operand, torch.zeros_like(operand)),
-        "write_metadata": (indices, operand),
+        "write_metadata": (indices, operand, 1),
     }[name]
     torch.library.opcheck(getattr(ops, name).default, arguments)
 

@@ -39,10 +39,10 @@ def test_no_file_is_an_empty_cache(caplog):
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "{", "[]", "null", "\0\0\0", '{"format": 2, "entries": {}}', '{"format": 1}'),
-        '{"format": 1, "entries": {"a": [1, 2]}}',
-        '{"format": 1, "entries": {"a": ["1", 2, 3]}}',
-        '{"format": 1, "entries": {"a": [true, 1, 0]}}',
+        *("", "{", "[]", "null", "\0\0\0", '{"format": 1, "entries": {}}', '{"format": 2}'),
+        '{"format": 2, "entries": {"a": [1, 2]}}',
+        '{"format": 2, "entries": {"a": ["1", 2, 3]}}',
+        '{"format": 2, "entries": {"a": [true, 1, 0]}}',
     ],
 )
 def test_a_damaged_or_foreign_file_is_left_out_with_one_line_and_replaced(folder, monkeypatch, caplog, text):
