@@ -98,7 +98,7 @@ BLOCKS = (
     BlockShape("opt-66b", 9216, 36864, 72, 4, 2048, "relu"),
 )
 
-# The six of hopper-measurements, section 5, for which issue 3 sets targets.
+# The six that targets are set for (targets.py).
 TARGET_BLOCKS = ("gpt2-small", "bert-large", "1536", "llama-3-8b", "opt-13b", "opt-66b")
 
 DECODE_TOKENS = (1, 8, 16, 64, 128, 512)

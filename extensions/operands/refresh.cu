@@ -16,32 +16,57 @@ __global__ void __launch_bounds__(kThreads) refresh_kernel(const From* __restric
                                                            To* __restrict__ forward_values,
                                                            To* __restrict__ backward_values, int64_t d_out,
                                                            int64_t d_in) {
-  constexpr int kChunks = Tile / 8;
+  constexpr int kChunks = Tile / 8, kUnits = Tile * kChunks / kThreads, kBatch = kUnits < 4 ? kUnits : 4;
   __shared__ Eight<To> tile[Backward ? Tile : 1][Backward ? kChunks : 1];
   const int64_t row0 = int64_t(blockIdx.y) * Tile, chunk0 = int64_t(blockIdx.x) * kChunks;
   const int64_t chunks = d_in / 8, row_bytes = d_out / 8;
 
-#pragma unroll 4
-  for (int unit = threadIdx.x; unit < Tile * kChunks; unit += kThreads) {
-    const int row = unit / kChunks, chunk = unit % kChunks;
-    if (row0 + row >= d_out || chunk0 + chunk >= chunks) continue;
-    const int64_t place = (row0 + row) * chunks + chunk0 + chunk;
-    const Four<From> kept = reinterpret_cast<const Four<From>*>(values)[place];
-    Four<To> converted;
+  // Loads first, several at a time. Small tiles load the second half's too: a small matrix is one wave of blocks, and what it
+  // waits for is the latency of loads that follow each other.
+  constexpr bool kAhead = Backward && kUnits <= 2;
+  uint8_t columns[kAhead ? kUnits : 1];
+  if constexpr (kAhead) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) converted.v[i] = cast<To>(kept.v[i]);
-    if constexpr (Forward) reinterpret_cast<Four<To>*>(forward_values)[place] = converted;
-    if constexpr (Backward) tile[row][chunk ^ (row / 8)] = spread(converted, indices[place], zero<To>());
+    for (int i = 0; i < kUnits; ++i) {
+      const int unit = threadIdx.x + i * kThreads, column = unit / kChunks, group = unit % kChunks;
+      if (row0 + 8 * group >= d_out || chunk0 + column / 8 >= chunks) continue;
+      columns[i] = backward_indices[(8 * chunk0 + column) * row_bytes + row0 / 8 + group];
+    }
+  }
+#pragma unroll 1
+  for (int first = threadIdx.x; first < Tile * kChunks; first += kBatch * kThreads) {
+    Four<From> kept[kBatch];
+    uint8_t pattern[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int unit = first + i * kThreads, row = unit / kChunks, chunk = unit % kChunks;
+      if (row0 + row >= d_out || chunk0 + chunk >= chunks) continue;
+      const int64_t place = (row0 + row) * chunks + chunk0 + chunk;
+      kept[i] = reinterpret_cast<const Four<From>*>(values)[place];
+      if constexpr (Backward) pattern[i] = indices[place];
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int unit = first + i * kThreads, row = unit / kChunks, chunk = unit % kChunks;
+      if (row0 + row >= d_out || chunk0 + chunk >= chunks) continue;
+      Four<To> converted;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) converted.v[j] = cast<To>(kept[i].v[j]);
+      if constexpr (Forward) {
+        reinterpret_cast<Four<To>*>(forward_values)[(row0 + row) * chunks + chunk0 + chunk] = converted;
+      }
+      if constexpr (Backward) tile[row][chunk ^ (row / 8)] = spread(converted, pattern[i], zero<To>());
+    }
   }
   if constexpr (Backward) {
     __syncthreads();
     // Neighbouring threads take neighbouring groups of rows of one column: their slots lie side by side in the transpose.
 #pragma unroll 4
-    for (int unit = threadIdx.x; unit < Tile * kChunks; unit += kThreads) {
-      const int column = unit / kChunks, group = unit % kChunks;
+    for (int i = 0; i < kUnits; ++i) {
+      const int unit = threadIdx.x + i * kThreads, column = unit / kChunks, group = unit % kChunks;
       if (row0 + 8 * group >= d_out || chunk0 + column / 8 >= chunks) continue;
       const int64_t place = (8 * chunk0 + column) * row_bytes + row0 / 8 + group;
-      const unsigned byte = backward_indices[place];
+      const unsigned byte = kAhead ? columns[kAhead ? i : 0] : backward_indices[place];
       const Pair a = low_group(byte), b = high_group(byte);
       const int chunk = (column / 8) ^ group, entry = column % 8;
       Four<To> slots;

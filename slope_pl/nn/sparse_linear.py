@@ -157,10 +157,10 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., d_in) -> (..., d_out)``, in the dtype of ``x``, or of autocast where that is on."""
+        if not torch.compiler.is_compiling() and not self._operands.adopted:
+            self._settle()
         # From the dictionaries: nn.Module's __getattr__ costs a microsecond each time, this whole forward costs twenty.
         # What is not in them has been parametrized.
-        if not self._operands.adopted and not torch.compiler.is_compiling():
-            self._settle()
         parameters, buffers = self._parameters, cast("dict[str, Tensor]", self._buffers)
         values = parameters["values"] if "values" in parameters else self.values  # noqa: SIM401 (looked up only then)
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401

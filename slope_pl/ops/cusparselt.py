@@ -25,9 +25,9 @@ from slope_pl.sparsity.masks import keep_two_of_four
 DTYPES = (torch.bfloat16, torch.float16)
 log = logging.getLogger(__name__)
 _FLOATS = (torch.float32, *DTYPES)
-# A weight whose shorter side is at most this goes to the CUTLASS kernels: measured faster at 768, 1024 and 1536 on an H100,
-# slower from 4096 on.
-NARROW = 1536
+# A weight whose shorter side lies between these goes to the CUTLASS kernels: on an H100 they were faster at 768, 1024 and 1536
+# and slower from 4096 on; below 512 the host's time decides, of which they take some microseconds more.
+NARROW = 512, 1536
 _Key = tuple[int, int, int, torch.dtype, int, bool]
 _LAUNCHES: dict[_Key, Launch] = {}
 _MAX_LAUNCHES = 1 << 14  # distinct token counts of a long run; beyond, they are looked up in the cache again
@@ -95,7 +95,7 @@ def _refresh_bias(pair: Pair, bias: Tensor) -> None:
 def order_of(d_out: int, d_in: int, device: torch.device) -> Order:
     """In which order the metadata of a weight lie, and so which library multiplies it."""
     hopper = torch.cuda.get_device_capability(device) == (9, 0)
-    if hopper and min(d_out, d_in) <= NARROW and torch.ops.slope_cuda.sm90_configs() > 0:
+    if hopper and NARROW[0] <= min(d_out, d_in) <= NARROW[1] and torch.ops.slope_cuda.sm90_configs() > 0:
         return Order.CUTLASS
     return Order.DIRECT if hopper and _direct_order_is_right(device) else Order.LIBRARY
 

@@ -79,9 +79,14 @@ def _stamp(tensor: Tensor) -> Stamp:
 
 
 class Operands:
-    """The kept operands of one weight, one :class:`Pair` a dtype and backend. Owned by its layer."""
+    """The kept operands of one weight, one :class:`Pair` a dtype and backend. Owned by its layer.
+
+    Attributes:
+        adopted: whether they belong to a weight yet; those of a copied or unpickled layer do not.
+    """
 
     def __init__(self) -> None:
+        self.adopted = False
         self._pairs: dict[tuple[torch.dtype, str], Pair] = {}
         self._sources: tuple[Tensor, ...] = ()
 
@@ -92,13 +97,9 @@ class Operands:
         """
         self._pairs.clear()
         self._sources = (values.detach(), indices)
+        self.adopted = True
         if indices.device.type != "meta":
             _LIVE[indices.data_ptr()] = self
-
-    @property
-    def adopted(self) -> bool:
-        """Whether they belong to a weight yet; those of a copied or unpickled layer do not."""
-        return bool(self._sources)
 
     def distrust(self) -> None:
         """Rebuild everything at the next product, in the buffers that are there."""
