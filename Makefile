@@ -10,7 +10,7 @@ RUNS   ?= runs
 TEST   ?= OMP_NUM_THREADS=1 $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv extension info bert-large bench test test-fast test-dist test-gpu lint format sample clean
+.PHONY: help venv extension info bert-large bench test test-fast test-dist test-gpu memcheck lint format sample clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -57,7 +57,11 @@ test-gpu: $(ready) ## run the tests that need a GPU; they fail, and do not skip,
 	SLOPE_REQUIRE_GPU=1 $(PY) -m pytest tests/gpu $(ARGS)
 
 bench: $(ready) ## time everything against dense on this GPU, append to benchmarks/results; ARGS="steps prefill" for a part
-	$(PY) -m benchmarks.run $(or $(ARGS),all)
+	$(PY) -m benchmarks.run $(or $(ARGS),all) --out benchmarks/results/bench.csv
+	$(PY) -m benchmarks.report --csv benchmarks/results/*.csv
+
+memcheck: $(ready) ## the extension's own kernels under compute-sanitizer
+	compute-sanitizer --tool memcheck --error-exitcode 1 --kernel-name kernel_substring=slope $(PY) -m tests.gpu.memcheck
 
 lint: $(ready) ## ruff and mypy
 	$(PY) -m ruff check .

@@ -1,6 +1,6 @@
 """Measure slope_pl against dense training and its peers, in one run on one GPU.
 
-  python -m benchmarks.run all --out benchmarks/results/h200.csv            everything
+  python -m benchmarks.run all --out benchmarks/results/bench.csv            everything
   python -m benchmarks.run steps prefill --only 'gpt2*' bert-large          two suites, some models
   python -m benchmarks.run layers --rows 'forward graph' --seconds 3        one measure, more samples
   python -m benchmarks.run steps --precision bf16-mixed --cuda-graph        fp32 parameters; the step as one graph

@@ -1,6 +1,6 @@
 """What is measured: linear layers and transformer blocks of real models, as tables.
 
-Sizes are the published ones of each model; token counts are those of issue 3, chosen so that a micro-batch fills the GPU.
+Sizes are the published ones of each model; token counts are chosen so that a micro-batch fills the GPU.
 """
 
 from dataclasses import dataclass, replace
@@ -61,7 +61,7 @@ class BlockShape:
         )  # fmt: skip
 
 
-# Table of hopper-measurements, section 2, and the four layers of the 1536 block of section 5.
+# Layers of GPT2, BERT, LLaMA and OPT, and the four of a block of width 1536.
 LINEARS = (
     LinearShape("gpt2-small-out", 32768, 768, 768),
     LinearShape("gpt2-small-qkv", 32768, 768, 2304),

@@ -1,4 +1,4 @@
-"""What issue 3 demands of one H200, beside what was measured."""
+"""What the project demands of one H200, beside what was measured."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

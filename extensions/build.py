@@ -182,6 +182,8 @@ def build(target: Path = TARGET, architectures: tuple[str, ...] = ARCHITECTURES,
             TORCH_TARGET,
             f"-fmacro-prefix-map={HERE}/=",
         ]
+        if cutlass is not None:
+            flags.append("-DSLOPE_WITH_SM90")
         includes = ["-isystem", str(torch / "include"), f"-I{headers}", *cuda_includes(nvcc)]
         commands.append(["g++", *flags, "-c", str(HERE / source), *includes, "-o", str(out)])
         objects.append(out)

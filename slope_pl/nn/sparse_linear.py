@@ -161,7 +161,7 @@ class SparseLinear(nn.Module):
             self._settle()
         # From the dictionaries: nn.Module's __getattr__ costs a microsecond each time, this whole forward costs twenty.
         # What is not in them has been parametrized.
-        parameters, buffers = self._parameters, cast("dict[str, Tensor]", self._buffers)
+        parameters, buffers = self._parameters, self._buffers
         values = parameters["values"] if "values" in parameters else self.values  # noqa: SIM401 (looked up only then)
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
         assert values is not None
@@ -178,7 +178,7 @@ class SparseLinear(nn.Module):
                 f"SparseLinear: input of shape {tuple(x.shape)} does not end in in_features = {self.in_features}"
             )
         backend = ops.resolve_backend(self.config.backend, device_type, dtype, self.out_features, self.in_features)
-        weight = values, buffers["indices"], buffers["backward_indices"], bias, backend, self._operands
+        weight: Any = values, buffers["indices"], buffers["backward_indices"], bias, backend, self._operands
         if not self._awake or self.adapter_down is None or self.adapter_up is None:
             return ops.sparse_linear(x, *weight)
         rows = x.reshape(-1, self.in_features)

@@ -157,10 +157,11 @@ def own_values(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def _launch_for(x: Tensor, operand: Tensor, indices: Tensor, bias: Tensor | None) -> Launch:
-    d_out, d_in = indices.shape[0], indices.shape[1] * 8
-    key = (x.numel() // d_in, d_out, d_in, x.dtype, x.device.index, bias is not None)
+    d_out, eighths = indices.shape
+    key = (x.numel(), d_out, eighths, x.dtype, x.get_device(), bias is None)
     launch = _LAUNCHES.get(key)
     if launch is None:
+        d_in = eighths * 8
         launch = choose_launch(x, operand, indices, bias, order_of(d_out, d_in, x.device))
         if not torch.cuda.is_current_stream_capturing():  # where nothing could be searched
             if len(_LAUNCHES) >= _MAX_LAUNCHES:

@@ -10,30 +10,22 @@ from typing import Any
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-_weights = 0
-_everything = 0
-
-
-def weights_generation() -> int:
-    """Number of the current generation of weights in this process."""
-    return _weights
-
-
-def masks_generation() -> int:
-    """Likewise of masks: what an operand's metadata depends on."""
-    return _everything
+weights = 0
+"""Generation of the weights of this process; read as an attribute of this module at every forward, so no function."""
+masks = 0
+"""Likewise of the masks: what an operand's metadata depends on."""
 
 
 def invalidate_operands() -> None:
     """Make every sparse layer of this process rebuild its operands, metadata included, at its next forward."""
-    global _weights, _everything
-    _weights += 1
-    _everything += 1
+    global weights, masks
+    weights += 1
+    masks += 1
 
 
 def _after_step(*_: Any) -> None:
-    global _weights
-    _weights += 1
+    global weights
+    weights += 1
 
 
 register_optimizer_step_post_hook(_after_step)

@@ -10,8 +10,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from slope_pl.ops import freshness
 from slope_pl.ops.backends import get_backend
-from slope_pl.ops.freshness import masks_generation, weights_generation
 
 Stamp = tuple[int, int]
 
@@ -55,27 +55,40 @@ class Change:
 
 
 class _State:
-    """What the operands of a pair were made from, as stamps (address, version) of the sources."""
+    """What the operands of a pair were made from.
 
-    __slots__ = ("backward", "bias", "columns", "masks", "pattern", "values", "weights")
+    Attributes:
+        sources: generations of weights and masks, and the stamps of values and forward mask.
+        bias: stamp of the bias, None if there was none.
+        columns: stamp of the choice that the backward operand's metadata are of; None while there is none.
+        backward: whether the backward operand's values are as current as the rest.
+    """
 
-    def __init__(self, weights: int, masks: int, values: Stamp, pattern: Stamp, bias: Stamp | None) -> None:
-        self.weights, self.masks, self.values, self.pattern, self.bias = weights, masks, values, pattern, bias
-        self.columns: Stamp | None = None  # of the backward operand; None while there is none
-        self.backward = False  # whether the backward operand is as current as the rest
+    __slots__ = ("backward", "bias", "columns", "sources")
 
-    def is_of(self, values: Tensor, indices: Tensor) -> bool:
-        """Whether values and forward mask are still what they were."""
-        return (
-            self.weights == weights_generation()
-            and self.masks == masks_generation()
-            and self.values == _stamp(values)
-            and self.pattern == _stamp(indices)
-        )
+    def __init__(self, sources: tuple[int, ...], bias: Stamp | None) -> None:
+        self.sources, self.bias = sources, bias
+        self.columns: Stamp | None = None
+        self.backward = False
 
 
 def _stamp(tensor: Tensor) -> Stamp:
+    """Address and version; inference tensors have no version."""
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def _sources_now(values: Tensor, indices: Tensor) -> tuple[int, ...]:
+    try:
+        return (
+            freshness.weights,
+            freshness.masks,
+            values.data_ptr(),
+            values._version,
+            indices.data_ptr(),
+            indices._version,
+        )
+    except RuntimeError:  # inference tensors; asking each time costs more than this does for them
+        return freshness.weights, freshness.masks, *_stamp(values), *_stamp(indices)
 
 
 class Operands:
@@ -137,8 +150,8 @@ class Operands:
             pair is not None
             and not pair.captured
             and (state := pair._state) is not None
-            and state.is_of(values, indices)
-            and (bias is None or state.bias == _stamp(bias))
+            and state.sources == _sources_now(values, indices)
+            and (bias is None or (pair.bias is None and bias.dtype is dtype) or state.bias == _stamp(bias))
             and (not needs_backward or (state.backward and state.columns == _stamp(backward_indices)))
             and not (values.is_cuda and torch.cuda.is_current_stream_capturing())
         ):
@@ -157,7 +170,7 @@ class Operands:
         if (
             pair is not None
             and (state := pair._state) is not None
-            and state.is_of(values, indices)
+            and state.sources == _sources_now(values, indices)
             and state.backward
             and state.columns == _stamp(backward_indices)
         ):
@@ -189,18 +202,18 @@ class Operands:
         if pair is None:
             pair = self._pairs[dtype, backend] = Pair(dtype, backend)
         capturing = values.is_cuda and torch.cuda.is_current_stream_capturing()
-        masks, old = masks_generation(), pair._state
-        pattern, columns = _stamp(indices), _stamp(backward_indices)
-        same_masks = old is not None and old.masks == masks
+        sources, old = _sources_now(values, indices), pair._state
+        columns = _stamp(backward_indices)
+        same_masks = old is not None and old.sources[1] == sources[1]
         change = Change(
-            pattern=not (same_masks and old is not None and old.pattern == pattern),
+            pattern=not (same_masks and old is not None and old.sources[4:] == sources[4:]),
             columns=not (same_masks and old is not None and old.columns == columns),
             needs_backward=needs_backward,
         )
         bias_stamp = None if bias is None else _stamp(bias)
         if bias is None and old is not None:
             bias_stamp = old.bias  # an input gradient asks without the bias
-        state = _State(weights_generation(), masks, _stamp(values), pattern, bias_stamp)
+        state = _State(sources, bias_stamp)
         # What is made under inference_mode could not be saved for a later backward.
         with torch.inference_mode(False), torch.no_grad():
             get_backend(backend).refresh(pair, values.detach(), indices, backward_indices, bias, change)

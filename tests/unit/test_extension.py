@@ -34,6 +34,12 @@ def test_versions():
     assert torch.ops.slope_cuda.library_version() >= 8_000  # 0.8.0
 
 
+def test_the_cutlass_kernels_are_in_it_where_their_headers_are():
+    if importlib.util.find_spec("cutlass_library") is None:
+        pytest.skip("no nvidia-cutlass here: the extension is built without the kernels for narrow layers")
+    assert torch.ops.slope_cuda.sm90_configs() > 0
+
+
 def test_fakes():
     ops = torch.ops.slope_cuda
     with FakeTensorMode():
