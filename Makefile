@@ -33,9 +33,12 @@ $(VENV)/.ready: pyproject.toml
 
 ready := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.ready)
 
+# Without what nvidia-cutlass requires for its Python interface: its headers alone are read.
+KERNEL_HEADERS = "nvidia-cusparselt-cu13>=0.8" "nvidia-cutlass==4.2.*"
+
 # The compiled backend. Needs nvcc, no GPU; cuSPARSELt's headers come with the pip package, which a CUDA torch brings.
 extension: $(ready) ## compile the cuSPARSELt backend into the package (where nvcc is)
-	$(if $(ready),@$(INSTALL) -q --no-deps "nvidia-cusparselt-cu13>=0.8" "nvidia-cutlass>=4.2,<4.3")
+	$(if $(ready),@$(INSTALL) -q --no-deps $(KERNEL_HEADERS))
 	$(PY) extensions/build.py $(ARGS)
 
 info: $(ready) ## versions, GPU, which backend multiplies and why
