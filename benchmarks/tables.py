@@ -9,7 +9,19 @@ Line = tuple[str, int, str]  # case, tokens, precision
 Column = tuple[str, str]  # measure, variant
 WEIGHTS = "memory of a weight"  # as good as the same for every shape
 CLOCKS = ("eager", "graph")
-ORDER = ("refresh", "adapters", "decode", "layers", "host", "peers", "memory", "blocks", "prefill", "steps")  # tables
+ORDER = (
+    "refresh",
+    "adapters",
+    "decode",
+    "tiling",
+    "layers",
+    "host",
+    "peers",
+    "memory",
+    "blocks",
+    "prefill",
+    "steps",
+)  # tables
 
 
 @dataclass(frozen=True)

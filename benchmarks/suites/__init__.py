@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from benchmarks.options import Options
-from benchmarks.suites import adapters, blocks, decode, host, layers, memory, peers, prefill, refresh, steps
+from benchmarks.suites import adapters, blocks, decode, host, layers, memory, peers, prefill, refresh, steps, tiling
 from benchmarks.suites.case import Case
 
 SUITES: dict[str, Callable[[Options], list[Case]]] = {
@@ -12,6 +12,7 @@ SUITES: dict[str, Callable[[Options], list[Case]]] = {
     "refresh": refresh.cases,
     "adapters": adapters.cases,
     "decode": decode.cases,
+    "tiling": tiling.cases,
     "blocks": blocks.cases,
     "peers": peers.cases,
     "steps": steps.cases,  # after blocks and peers: it records refreshes in graphs, after which layers trust nothing
