@@ -25,9 +25,13 @@ class Pair:
         backward: what the input gradient multiplies; None until a training forward needs it.
         bias: a copy of the bias in ``dtype``, at an address that stays; None where the layer's own serves.
         forward_is_values: whether ``forward`` lies in the storage of the values themselves.
+        captured: whether a refresh was recorded in a CUDA graph; from then on nothing is taken as current.
     """
 
-    __slots__ = ("_state", "backend", "backward", "bias", "captured", "dtype", "forward", "forward_is_values")
+    __slots__ = (
+        *("_made", "_state", "_stream", "backend", "backward", "bias", "captured"),
+        *("dtype", "forward", "forward_is_values"),
+    )
 
     def __init__(self, dtype: torch.dtype, backend: str) -> None:
         self.dtype, self.backend = dtype, backend
@@ -37,6 +41,20 @@ class Pair:
         self.forward_is_values = False
         self.captured = False
         self._state: _State | None = None
+        self._stream = 0
+        self._made: torch.cuda.Event | None = None
+
+    def made_on(self, device: int) -> None:
+        """Remember on which stream of a GPU the operands are being made."""
+        self._stream = torch._C._cuda_getCurrentRawStream(device)
+        if self._made is None:
+            self._made = torch.cuda.Event()
+        self._made.record(torch.cuda.current_stream(device))
+
+    def wait(self, device: int) -> None:
+        """Make a stream other than that one wait for them: nobody but us knows that they are made at a first use."""
+        if self._made is not None and torch._C._cuda_getCurrentRawStream(device) != self._stream:
+            self._made.wait(torch.cuda.current_stream(device))
 
 
 class Change:
@@ -155,6 +173,8 @@ class Operands:
             and (not needs_backward or (state.backward and state.columns == _stamp(backward_indices)))
             and not (values.is_cuda and torch.cuda.is_current_stream_capturing())
         ):
+            if values.is_cuda:
+                pair.wait(values.get_device())
             return pair
         return self.refresh(values, indices, backward_indices, bias, dtype, backend, needs_backward)
 
@@ -202,6 +222,9 @@ class Operands:
         if pair is None:
             pair = self._pairs[dtype, backend] = Pair(dtype, backend)
         capturing = values.is_cuda and torch.cuda.is_current_stream_capturing()
+        outside_graphs = values.is_cuda and not capturing  # recording begins with all work done, and orders its own
+        if outside_graphs:
+            pair.wait(values.get_device())
         sources, old = _sources_now(values, indices), pair._state
         columns = _stamp(backward_indices)
         same_masks = old is not None and old.sources[1] == sources[1]
@@ -217,13 +240,14 @@ class Operands:
         # What is made under inference_mode could not be saved for a later backward.
         with torch.inference_mode(False), torch.no_grad():
             get_backend(backend).refresh(pair, values.detach(), indices, backward_indices, bias, change)
+        if outside_graphs:
+            pair.made_on(values.get_device())
         if needs_backward:
             state.columns, state.backward = columns, True
         elif pair.backward is not None and old is not None:
             state.columns = old.columns if same_masks else None  # its metadata still is of that choice
         pair._state = state
-        # A recorded refresh runs again at each replay, which moves weights without a trace here: from now on nothing is
-        # taken as current.
+        # A recorded refresh runs again at each replay, which moves weights without a trace here.
         pair.captured = pair.captured or capturing
         return pair
 

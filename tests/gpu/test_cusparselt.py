@@ -252,6 +252,37 @@ def test_two_streams():
     assert all(torch.equal(result, expected) for result in results)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_operands_made_on_one_stream_are_waited_for_on_another(dtype):
+    """The first product after a step makes them, behind whatever its stream is busy with; the second must not run ahead."""
+    layer = make(1024, 1024, dtype=dtype)
+    x, dy = inputs(layer, 256, dtype=torch.bfloat16)
+
+    def train(x):
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype is torch.float32):
+            return gradients(layer, x, dy, [layer.values])
+
+    train(x)
+    with torch.no_grad():
+        layer.values.mul_(2)
+    expected = [part.clone() for part in train(x)]
+    with torch.no_grad():
+        layer.values.mul_(0.5)
+    train(x)
+    with torch.no_grad():
+        layer.values.mul_(2)
+    torch.cuda.synchronize()
+    busy, free = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(busy):
+        torch.cuda._sleep(50_000_000)
+        train(x)
+    with torch.cuda.stream(free):
+        results = train(x)
+    torch.cuda.synchronize()
+    for a, b in zip(results, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_two_threads():
     layers = [make(256, 256, seed=s) for s in range(2)]
     data = [inputs(layer, 128) for layer in layers]
