@@ -46,6 +46,11 @@ def _driver() -> str | None:
     return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
 
 
+def _cutlass() -> str:
+    count = torch.ops.slope_cuda.sm90_configs()
+    return f"{count} configurations (Hopper)" if count else "not built in (pip install nvidia-cutlass, make extension)"
+
+
 def collect(d_out: int = 1024, d_in: int = 1024) -> dict[str, Any]:
     """Everything that the command prints, as plain data.
 
@@ -81,6 +86,7 @@ def collect(d_out: int = 1024, d_in: int = 1024) -> dict[str, Any]:
             "usable": built.problem or "yes",
             "cuSPARSELt it was built with": built.built_with or "unknown",
             "cuSPARSELt that runs": built.running or "none",
+            "CUTLASS kernels for narrow layers": "unknown" if built.problem else _cutlass(),
             "cuSPARSELt packages": [str(path) for path in cusparselt_paths()] or ["none"],
         },
         "backend='auto' takes": products,
