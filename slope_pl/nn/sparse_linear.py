@@ -166,7 +166,8 @@ class SparseLinear(nn.Module):
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
         assert values is not None
         device_type, dtype = x.device.type, x.dtype
-        if torch.is_autocast_enabled(device_type) and x.is_floating_point() and dtype is not torch.float64:
+        castable = device_type != "meta" and x.is_floating_point() and dtype is not torch.float64
+        if castable and torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
             x = x.to(dtype)
         elif dtype is not values.dtype:

@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.throughput import measure_flops
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.tuner import Tuner
 from torch.utils.checkpoint import checkpoint
 
-from slope_pl import SLoPeCallback, SLoPeConfig, ops, sparse_layers
+from slope_pl import SLoPeCallback, SLoPeConfig, ops, sparse_layers, sparsify
 from slope_pl.ops import backends
 from tests.lightning.toy import CONFIG, QUIET, Net, Toy, assert_same, fit, make_trainer
 
@@ -203,3 +204,19 @@ def test_best_checkpoint_is_the_sparse_model_of_that_step(tmp_path):
     assert_same(saved["state_dict"], module.state_dict())
     (metrics,) = trainer.validate(Toy(Net(9)), ckpt_path="best", verbose=False)
     assert metrics["val/loss"] == pytest.approx(saver.best_model_score.item(), rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------- throughput
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_lightnings_flop_measurement_counts_the_sparse_products(device):
+    """Forward and input gradient are half of dense, the weight gradient is dense."""
+    net = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 64))
+    layers = sparsify(net, SLoPeConfig(keep_first_dense=False, keep_heads_dense=False))
+    assert len(layers) == 2
+    net = net.to(device)
+    x = torch.randn(4, 10, 64, device=device, requires_grad=True)
+    product = 2 * 40 * 64 * 128
+    assert measure_flops(net, lambda: net(x)) == 2 * product // 2
+    assert measure_flops(net, lambda: net(x), lambda y: y.sum()) == 2 * (product // 2 + product // 2 + product)

@@ -15,7 +15,15 @@ from slope_pl.ops.extension import extension
 
 def test_the_command_runs_and_names_what_matters():
     done = subprocess.run([sys.executable, "-m", "slope_pl.info"], capture_output=True, text=True, check=True)
-    for word in ("slope_pl", "torch", "GPUs", "cuSPARSELt that runs", "CUTLASS kernels", "backend='auto' takes", "algorithms.json"):
+    for word in (
+        "slope_pl",
+        "torch",
+        "GPUs",
+        "cuSPARSELt that runs",
+        "CUTLASS kernels",
+        "backend='auto' takes",
+        "algorithms.json",
+    ):
         assert word in done.stdout
 
 
