@@ -122,9 +122,11 @@ Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, int32_t
   std::vector<int64_t> strides(shape.size(), 1);
   for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
   AtenTensorHandle result = nullptr;
+  // The exception's type is lost on its way through the stable interface; Lightning knows this one by its words.
   STD_TORCH_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), dtype,
                                            aoti_torch_device_type_cuda(), like.get_device_index(), &result) == 0,
-                  "no memory for a tensor");
+                  "CUDA out of memory: slope_pl found none for a tensor of ",
+                  shape.empty() ? 1 : shape[0] * strides[0], " elements");
   return Tensor(result);
 }
 
