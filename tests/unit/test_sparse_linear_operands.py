@@ -73,6 +73,23 @@ def test_under_autocast_both_operands_are_made_once_a_step(made):
     assert made == ["forward", "backward"] * 2
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # of Inductor itself
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_layer_too_makes_them_once_a_step(made, backend):
+    """They are no part of the graph: the operations look them up when they run."""
+    torch._dynamo.reset()
+    layer = make()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(2):
+        for _ in range(3):
+            with torch.autocast("cpu", torch.bfloat16):
+                y = compiled(input_of(layer))
+            y.sum().backward()
+        optimizer.step()
+    assert made == ["forward", "backward"] * 2
+
+
 def test_evaluation_makes_no_backward_operand(made):
     layer = make().eval()
     with torch.no_grad():
