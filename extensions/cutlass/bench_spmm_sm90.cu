@@ -1,12 +1,13 @@
 // Checks and measures the kernels of spmm_sm90.h, cuSPARSELt beside them where the library is found.
 //
-//   bench [check] [layout] [bench] [bench-small] [--seconds S] [--cusparselt PATH] [--without KERNEL]...
+//   bench [check] [layout] [bench] [bench-small] [fused] [--seconds S] [--cusparselt PATH] [--without KERNEL]...
 //
-// Without a name: all of them, each in a process of its own, so that a lost device ends one part alone. After S seconds (80)
-// no further shape is measured.
+// Without a name: all of them but `fused`, each in a process of its own, so that a lost device ends one part alone. After
+// S seconds (80) no further shape is measured.
 //
-// check: every configuration against float64 and against a dense operation of the same dtype. layout: cuSPARSELt's compressed
-// form beside ours. bench, bench-small: times by replayed CUDA graphs; with OUT set, all of them in $OUT/sm90.csv as well.
+// check: every configuration against float64 and against a dense operation of the same dtype, the fused epilogues last.
+// layout: cuSPARSELt's compressed form beside ours. bench, bench-small: times by replayed CUDA graphs; with OUT set, all of
+// them in $OUT/sm90.csv as well. fused: times of the epilogues with GELU, beside a product with a pass after it.
 // The exit code is the largest number of failures in a part (at most 99).
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -29,8 +30,13 @@
 #include <string>
 #include <vector>
 
+#include "gelu.h"
 #include "metadata.h"
 #include "spmm_sm90.h"
+
+#if !defined(SLOPE_SM90_ALL)
+#error "the bench is built with SLOPE_SM90_ALL"
+#endif
 
 namespace {
 
@@ -201,6 +207,92 @@ __global__ void reference_kernel(const T* x, const T* values, const uint8_t* ind
   }
 }
 
+// GELU and its derivative once more, in the textbook's form and not that of gelu.h: Real is double for what is right, and float
+// for what a dense operation does.
+template <typename Real>
+__device__ Real gelu_reference(Real x, bool by_tanh) {
+  if (by_tanh) return Real(0.5) * x * (1 + tanh(Real(0.79788456080286536) * (x + Real(0.044715) * x * x * x)));
+  return Real(0.5) * x * (1 + erf(x * Real(0.70710678118654752)));
+}
+template <typename Real>
+__device__ Real gelu_gradient_reference(Real x, bool by_tanh) {
+  if (by_tanh) {
+    const Real t = tanh(Real(0.79788456080286536) * (x + Real(0.044715) * x * x * x));
+    const Real rate = Real(0.79788456080286536) * (1 + 3 * Real(0.044715) * x * x);
+    return Real(0.5) * (1 + t) + Real(0.5) * x * (1 - t * t) * rate;
+  }
+  return Real(0.5) * (1 + erf(x * Real(0.70710678118654752))) + x * exp(Real(-0.5) * x * x) * Real(0.39894228040143268);
+}
+
+// From a product's reference to that of GELU taken of it; the dense one rounds in between.
+template <typename T>
+__global__ void activate_kernel(const double* exact, const T* dense, double* y_exact, T* y_dense, int64_t count,
+                                bool by_tanh) {
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
+    y_exact[i] = gelu_reference<double>(exact[i], by_tanh);
+    y_dense[i] = T(gelu_reference<float>(float(dense[i]), by_tanh));
+  }
+}
+
+template <typename T>
+__global__ void times_gradient_kernel(const double* exact, const T* dense, const T* aux, double* y_exact, T* y_dense,
+                                      int64_t count, bool by_tanh) {
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
+    y_exact[i] = exact[i] * gelu_gradient_reference<double>(double(float(aux[i])), by_tanh);
+    y_dense[i] = T(float(dense[i]) * gelu_gradient_reference<float>(float(aux[i]), by_tanh));
+  }
+}
+
+// Counts y that are not the GELU of the stored aux, to the last bit but for float's own error: shows which of the two
+// numbers, rounded or not, GELU was taken of. `half_ulp` is relative.
+template <typename T>
+__global__ void not_gelu_of_kernel(const T* y, const T* aux, int64_t count, bool by_tanh, double half_ulp,
+                                   unsigned long long* wrong) {
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
+    const double right = gelu_reference<double>(double(float(aux[i])), by_tanh);
+    const double error = fabs(double(float(y[i])) - right);
+    if (!(error <= 1.01 * half_ulp * fabs(right) + 1e-6)) atomicAdd(wrong, 1ull);  // also for NaN
+  }
+}
+
+// Every 16th becomes zero or far out: where exponentials underflow and powers are large.
+template <typename T>
+__global__ void far_out_kernel(T* out, int64_t count) {
+  const float values[8] = {0.0f, -0.0f, 20.0f, -20.0f, 1000.0f, -1000.0f, 60000.0f, -60000.0f};
+  for (int64_t i = 16 * (int64_t(blockIdx.x) * blockDim.x + threadIdx.x); i < count;
+       i += 16 * (int64_t(gridDim.x) * blockDim.x)) {
+    out[i] = T(values[i / 16 % 8]);
+  }
+}
+
+// The passes that the fused epilogues save, eight values a thread: y = gelu(x), and y *= gelu'(aux). The first needs no store
+// of the aux: that is the product as it lies.
+template <typename T>
+struct alignas(16) Eight {
+  T v[8];
+};
+template <typename T, typename Gelu>
+__global__ void __launch_bounds__(256) gelu_pass_kernel(const Eight<T>* __restrict__ x, Eight<T>* __restrict__ y,
+                                                        int64_t count) {
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
+    Eight<T> a = x[i];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) a.v[j] = T(Gelu::value(float(a.v[j])));
+    y[i] = a;
+  }
+}
+template <typename T, typename Gelu>
+__global__ void __launch_bounds__(256) gradient_pass_kernel(Eight<T>* __restrict__ y, const Eight<T>* __restrict__ aux,
+                                                            int64_t count) {
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
+    Eight<T> a = y[i];
+    const Eight<T> b = aux[i];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) a.v[j] = T(float(a.v[j]) * Gelu::gradient(float(b.v[j])));
+    y[i] = a;
+  }
+}
+
 // errors[0]: largest |y - exact|, errors[1]: that of the dense operation, as the bits of non-negative doubles. NaN: infinity.
 template <typename T>
 __global__ void error_kernel(const T* y, const T* dense, const double* exact, int64_t count,
@@ -249,12 +341,14 @@ struct TypeOf<__nv_bfloat16> {
   static constexpr Dtype dtype = Dtype::bf16;
   static constexpr cudaDataType cuda = CUDA_R_16BF;
   static constexpr const char* name = "bf16";
+  static constexpr double half_ulp = 0x1p-8;
 };
 template <>
 struct TypeOf<__half> {
   static constexpr Dtype dtype = Dtype::f16;
   static constexpr cudaDataType cuda = CUDA_R_16F;
   static constexpr const char* name = "fp16";
+  static constexpr double half_ulp = 0x1p-11;
 };
 
 template <typename T>
@@ -505,15 +599,19 @@ struct Case {
     bool guard_kept;
     bool passed() const { return guard_kept && ours <= 2 * dense + 1e-30; }
   };
-  Errors errors() {
+  Errors errors() { return compare(guarded, exact, dense); }
+
+  // The same for any guarded output of this size.
+  Errors compare(const Buffer& output, const Buffer& right, const Buffer& of_dense) {
     OK(cudaMemset(counters.get(), 0, counters.size()));
     auto* counts = static_cast<unsigned long long*>(counters.get());
-    error_kernel<T><<<std::min(grid(n * d_out), 132u), 256>>>(static_cast<const T*>(y()), static_cast<const T*>(dense.get()),
-                                              static_cast<const double*>(exact.get()), n * d_out, counts);
+    error_kernel<T><<<std::min(grid(n * d_out), 132u), 256>>>(reinterpret_cast<const T*>(output.bytes() + kGuard),
+                                                              static_cast<const T*>(of_dense.get()),
+                                                              static_cast<const double*>(right.get()), n * d_out, counts);
     OK(cudaGetLastError());
-    guard_kernel<<<grid(kGuard), 256>>>(guarded.bytes(), kGuard, counts + 2);
+    guard_kernel<<<grid(kGuard), 256>>>(output.bytes(), kGuard, counts + 2);
     OK(cudaGetLastError());
-    guard_kernel<<<grid(kGuard), 256>>>(guarded.bytes() + guarded.size() - kGuard, kGuard, counts + 2);
+    guard_kernel<<<grid(kGuard), 256>>>(output.bytes() + output.size() - kGuard, kGuard, counts + 2);
     OK(cudaGetLastError());
     unsigned long long host[3];
     OK(cudaMemcpy(host, counts, sizeof(host), cudaMemcpyDeviceToHost));
@@ -524,9 +622,9 @@ struct Case {
     return result;
   }
 
-  const char* run(int config, Epilogue epilogue, const void* metadata) {
-    return sm90::run(config, epilogue, TypeOf<T>::dtype, x.get(), values.get(), metadata, bias.get(), y(), nullptr, n,
-                     d_out, d_in, nullptr, nullptr);
+  const char* run(int config, Epilogue epilogue, const void* metadata, void* aux = nullptr) {
+    return sm90::run(config, epilogue, TypeOf<T>::dtype, x.get(), values.get(), metadata, bias.get(), y(), aux, n, d_out,
+                     d_in, nullptr, nullptr);
   }
 };
 
@@ -625,6 +723,131 @@ void check_products() {
   fflush(stdout);
 }
 
+constexpr Epilogue kFused[] = {Epilogue::bias_gelu, Epilogue::bias_gelu_tanh, Epilogue::gelu_gradient,
+                               Epilogue::gelu_gradient_tanh};
+
+const char* fused_name(Epilogue epilogue) {
+  switch (epilogue) {
+    case Epilogue::bias_gelu: return "bias_gelu";
+    case Epilogue::bias_gelu_tanh: return "bias_gelu_tanh";
+    case Epilogue::gelu_gradient: return "gelu_gradient";
+    default: return "gelu_gradient_tanh";
+  }
+}
+bool is_forward(Epilogue epilogue) { return epilogue == Epilogue::bias_gelu || epilogue == Epilogue::bias_gelu_tanh; }
+bool is_tanh(Epilogue epilogue) {
+  return epilogue == Epilogue::bias_gelu_tanh || epilogue == Epilogue::gelu_gradient_tanh;
+}
+
+// Forward: y, aux, and y as the GELU of that aux. Backward: y, for an aux with values far out, which must stay as it is.
+template <typename T>
+void check_fused() {
+  const int64_t shapes[][3] = {{1, 64, 64},     {7, 112, 80},     {129, 336, 272}, {1001, 768, 768}, {129, 768, 64},
+                               {7, 64, 768},    {1001, 208, 144}, {301, 16, 16},   {513, 640, 528}};
+  struct Worst {
+    double ratio = 0, ratio_aux = 0;
+    int cases = 0, failed = 0;
+  };
+  const int kernels = sm90::kernel_count();
+  std::vector<Worst> worst(size_t(kernels) * 4);
+  for (const auto& shape : shapes) {
+    const std::string place =
+        text("%s n %lld, %lld -> %lld", TypeOf<T>::name, (long long)shape[0], (long long)shape[1], (long long)shape[2]);
+    attempt(place + " fused", [&] {
+      Case<T> data(shape[0], shape[1], shape[2], 31);
+      const int64_t count = data.n * data.d_out;
+      Buffer aux(data.guarded.size()), aux_before(data.guarded.size()), right(data.exact.size()), of_dense(data.dense.size());
+      T* const aux_data = reinterpret_cast<T*>(aux.bytes() + kGuard);
+      T* const aux_data_before = reinterpret_cast<T*>(aux_before.bytes() + kGuard);
+      OK(cudaMemset(aux_before.get(), 0xff, aux_before.size()));
+      fill_normal<T>(aux_data_before, count, 41, 2.0f);
+      far_out_kernel<T><<<grid(count), 256>>>(aux_data_before, count);
+      OK(cudaGetLastError());
+      for (Epilogue epilogue : kFused) {
+        const bool forward = is_forward(epilogue), by_tanh = is_tanh(epilogue);
+        data.refer(forward);
+        if (forward) {
+          activate_kernel<T><<<grid(count), 256>>>(static_cast<const double*>(data.exact.get()),
+                                                   static_cast<const T*>(data.dense.get()),
+                                                   static_cast<double*>(right.get()), static_cast<T*>(of_dense.get()), count,
+                                                   by_tanh);
+        } else {
+          times_gradient_kernel<T><<<grid(count), 256>>>(
+              static_cast<const double*>(data.exact.get()), static_cast<const T*>(data.dense.get()), aux_data_before,
+              static_cast<double*>(right.get()), static_cast<T*>(of_dense.get()), count, by_tanh);
+        }
+        OK(cudaGetLastError());
+        OK(cudaDeviceSynchronize());
+        for (int id = 0; id < sm90::config_count(); ++id) {
+          const sm90::Config& c = sm90::config(id);
+          if (is_left_out(c.kernel) || sm90::fused_stages(id, epilogue) == 0) continue;
+          Worst& w = worst[size_t(c.kernel * 4 + int(epilogue) - int(kFused[0]))];
+          const std::string what = place + " " + fused_name(epilogue) + " " + config_name(id);
+          const auto wrong = [&](const std::string& how) {
+            if (++w.failed <= 3) {
+              fail(what + ": " + how);
+            } else {
+              ++failures;
+            }
+          };
+          ++w.cases;
+          const bool done = attempt(what, [&] {
+            OK(sm90::can_run(id, epilogue, data.n, data.d_out, data.d_in, TypeOf<T>::dtype));
+            data.clear();
+            if (forward) {
+              OK(cudaMemset(aux.get(), 0xff, aux.size()));
+            } else {
+              OK(cudaMemcpy(aux.get(), aux_before.get(), aux.size(), cudaMemcpyDeviceToDevice));
+            }
+            OK(data.run(id, epilogue, data.e[int(c.metadata)].get(), aux_data));
+            OK(cudaDeviceSynchronize());
+            const auto errors = data.compare(data.guarded, right, of_dense);
+            w.ratio = std::max(w.ratio, errors.ours / std::max(errors.dense, 1e-30));
+            std::string how;
+            if (!errors.passed()) {
+              how += text(" y: error %.3g, dense %.3g%s;", errors.ours, errors.dense,
+                          errors.guard_kept ? "" : ", wrote outside of y");
+            }
+            if (forward) {
+              const auto of_aux = data.compare(aux, data.exact, data.dense);
+              w.ratio_aux = std::max(w.ratio_aux, of_aux.ours / std::max(of_aux.dense, 1e-30));
+              if (!of_aux.passed()) {
+                how += text(" aux: error %.3g, dense %.3g%s;", of_aux.ours, of_aux.dense,
+                            of_aux.guard_kept ? "" : ", wrote outside of aux");
+              }
+              auto* counter = static_cast<unsigned long long*>(data.counters.get());
+              OK(cudaMemset(counter, 0, sizeof(*counter)));
+              not_gelu_of_kernel<T><<<grid(count), 256>>>(static_cast<const T*>(data.y()), aux_data, count, by_tanh,
+                                                          TypeOf<T>::half_ulp, counter);
+              OK(cudaGetLastError());
+              unsigned long long different = 0;
+              OK(cudaMemcpy(&different, counter, sizeof(different), cudaMemcpyDeviceToHost));
+              if (different != 0) how += text(" %llu of y are not the GELU of aux;", different);
+            } else if (to_host(aux.get(), aux.size()) != to_host(aux_before.get(), aux_before.size())) {
+              how += " aux was changed;";
+            }
+            if (!how.empty()) wrong(how);
+          });
+          if (!done) ++w.failed;
+        }
+      }
+    });
+  }
+  for (int kernel = 0; kernel < kernels; ++kernel) {
+    const int id = kernel * (sm90::config_count() / kernels);
+    for (Epilogue epilogue : kFused) {
+      const Worst& w = worst[size_t(kernel * 4 + int(epilogue) - int(kFused[0]))];
+      const int stages = sm90::fused_stages(id, epilogue);
+      if (is_left_out(kernel) || stages == 0) continue;
+      printf("%s %s %-22s %d stages  %-18s  %d of %d  worst ratio %.3f", w.failed == 0 && w.cases > 0 ? "PASS" : "FAIL",
+             TypeOf<T>::name, sm90::config(id).name, stages, fused_name(epilogue), w.cases - w.failed, w.cases, w.ratio);
+      if (is_forward(epilogue)) printf(", of aux %.3f", w.ratio_aux);
+      printf("\n");
+    }
+  }
+  fflush(stdout);
+}
+
 void check_refusals() {
   const auto refused = [](const char* what, const char* reason) {
     if (reason == nullptr) fail(std::string("not refused: ") + what);
@@ -641,6 +864,13 @@ void check_refusals() {
                                     nullptr));
     refused("no bias", sm90::run(0, Epilogue::bias, Dtype::bf16, m, m, m, nullptr, m, nullptr, 1, 64, 64, nullptr,
                                  nullptr));
+    refused("gelu without bias", sm90::run(0, Epilogue::bias_gelu, Dtype::bf16, m, m, m, nullptr, m, m, 1, 64, 64, nullptr,
+                                           nullptr));
+    for (Epilogue epilogue : kFused) {
+      refused("no aux", sm90::run(0, epilogue, Dtype::bf16, m, m, m, m, m, nullptr, 1, 64, 64, nullptr, nullptr));
+      refused("aux off by 2", sm90::run(0, epilogue, Dtype::bf16, m, m, m, m, m, m + 2, 1, 64, 64, nullptr, nullptr));
+      refused("fused, last kernel", sm90::can_run(sm90::config_count() - 1, epilogue, 8, 64, 64, Dtype::bf16));
+    }
   });
 }
 
@@ -652,6 +882,8 @@ void check() {
   printf("%s metadata and refusals\n", failures == before ? "PASS" : "FAIL");
   check_products<__nv_bfloat16>();
   check_products<__half>();
+  check_fused<__nv_bfloat16>();
+  check_fused<__half>();
 }
 
 // -------------------------------------------------------------------------------------------------------------- layout
@@ -1147,6 +1379,160 @@ struct Bench {
     shape<__half>(16384, 4096, 4096, false);
   }
 
+  // The fused epilogues of the library's kernels beside what they replace: the best of the same kernels, then a pass. Both by
+  // their best walk. `x` is the time of those two over the fused one's.
+  template <typename T>
+  void measure_fused(const std::string& place, int64_t n, int64_t d_in, int64_t d_out) const {
+    constexpr Dtype dtype = TypeOf<T>::dtype;
+    Sets<T> data(nullptr, n, d_out, d_in, l2_bytes);
+    std::vector<Buffer> aux;
+    for (int i = 0; i < data.count(); ++i) {
+      aux.emplace_back(size_t(n * d_out) * sizeof(T));
+      fill_normal<T>(aux.back().get(), n * d_out, uint64_t(400 + i), 1.0f);
+    }
+    OK(cudaDeviceSynchronize());
+    Stream stream;
+    const int64_t eighths = n * d_out / 8;  // d_out is a multiple of 16
+    const unsigned blocks = unsigned(std::min<int64_t>((eighths + 255) / 256, 1 << 20));
+
+    const auto product = [&](int id, Epilogue epilogue, bool into_aux) -> Launch {
+      return [=, &data, &aux](int set, cudaStream_t s) {
+        auto& one = data.sets[size_t(set)];
+        void* second = aux[size_t(set)].get();
+        return sm90::run(id, epilogue, dtype, one.x.get(), one.values.get(), one.e[int(sm90::config(id).metadata)].get(),
+                         data.bias.get(), into_aux ? second : one.y.get(), into_aux ? nullptr : second, n, d_out, d_in,
+                         nullptr, s);
+      };
+    };
+    const auto pass = [&](Epilogue epilogue) -> Launch {
+      return [=, &data, &aux](int set, cudaStream_t s) -> const char* {
+        auto* y = static_cast<Eight<T>*>(data.sets[size_t(set)].y.get());
+        auto* other = static_cast<Eight<T>*>(aux[size_t(set)].get());
+        switch (epilogue) {
+          case Epilogue::bias_gelu:
+            gelu_pass_kernel<T, sm90::ErfGelu><<<blocks, 256, 0, s>>>(other, y, eighths);
+            break;
+          case Epilogue::bias_gelu_tanh:
+            gelu_pass_kernel<T, sm90::TanhGelu><<<blocks, 256, 0, s>>>(other, y, eighths);
+            break;
+          case Epilogue::gelu_gradient:
+            gradient_pass_kernel<T, sm90::ErfGelu><<<blocks, 256, 0, s>>>(y, other, eighths);
+            break;
+          default:
+            gradient_pass_kernel<T, sm90::TanhGelu><<<blocks, 256, 0, s>>>(y, other, eighths);
+        }
+        const cudaError_t status = cudaGetLastError();
+        return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+      };
+    };
+    // The best walk of each of the library's kernels.
+    const auto search = [&](Epilogue epilogue, bool into_aux, const char* label) {
+      std::vector<Contender> kernels;
+      const int few = std::max(data.count(), 2);
+      for (int id = 0; id < sm90::config_count(); ++id) {
+        const sm90::Config& c = sm90::config(id);
+        bool repeats = false;
+        const double share = padding(c, n, d_out, &repeats);
+        if (repeats || (c.swizzle > 1 && share > 1.1)) continue;
+        if (is_left_out(c.kernel) || sm90::fused_stages(id, kFused[0]) == 0) continue;
+        Contender contender{config_name(id) + " " + label, id, product(id, epilogue, into_aux)};
+        const bool done = attempt(place + " " + contender.name, [&] {
+          Graph graph(contender.launch, few, data.count(), stream.get());
+          graph.replay();
+          contender.ms = median({graph.replay(), graph.replay(), graph.replay()});
+          row("screen", TypeOf<T>::name, n, d_in, d_out, contender.name, contender.ms, 3, few);
+        });
+        if (!done) continue;
+        if (kernels.empty() || sm90::config(kernels.back().id).kernel != c.kernel) {
+          kernels.push_back(contender);
+        } else if (contender.ms < kernels.back().ms) {
+          kernels.back() = contender;
+        }
+      }
+      std::sort(kernels.begin(), kernels.end(), [](const Contender& a, const Contender& b) { return a.ms < b.ms; });
+      return kernels;
+    };
+
+    for (bool forward : {true, false}) {
+      const auto plain = search(forward ? Epilogue::bias : Epilogue::none, forward, forward ? "bias" : "none");
+      if (plain.empty()) return;
+      for (Epilogue epilogue : kFused) {
+        if (is_forward(epilogue) != forward) continue;
+        const auto fused = search(epilogue, false, fused_name(epilogue));
+        const Launch first = plain[0].launch, second = pass(epilogue);
+        std::vector<Contender> finals = {plain[0],
+                                         {plain[0].name + " + pass " + fused_name(epilogue), -1,
+                                          [first, second](int set, cudaStream_t s) {
+                                            const char* error = first(set, s);
+                                            return error != nullptr ? error : second(set, s);
+                                          }}};
+        finals.insert(finals.end(), fused.begin(), fused.end());
+        const int launches = std::max(data.count(), 5), replays = 10;
+        std::vector<std::unique_ptr<Graph>> graphs;
+        for (const Contender& c : finals) {
+          graphs.push_back(std::make_unique<Graph>(c.launch, launches, data.count(), stream.get()));
+          graphs.back()->replay();
+        }
+        std::vector<std::vector<double>> times(finals.size());
+        for (int i = 0; i < replays; ++i) {
+          for (size_t k = 0; k < finals.size(); ++k) times[k].push_back(graphs[k]->replay());
+        }
+        printf("%s  %s  %-18s", place.c_str(), TypeOf<T>::name, fused_name(epilogue));
+        const double two = median(times[1]);
+        for (size_t k = 0; k < finals.size(); ++k) {
+          const double ms = median(times[k]);
+          if (k == 1) {
+            printf(" | + pass %.4f", ms);
+          } else if (k == 0) {
+            printf(" | %s %.4f", finals[k].name.c_str(), ms);
+          } else {
+            printf(" | %s %d stages %.4f %.3fx", config_name(finals[k].id).c_str(), sm90::fused_stages(finals[k].id, epilogue),
+                   ms, two / ms);
+          }
+          row("fused", TypeOf<T>::name, n, d_in, d_out, finals[k].name, ms, replays, launches);
+        }
+        // At this size, too, they must agree; the backward pass needs its aux as it was for both.
+        if (!fused.empty()) {
+          Buffer largest(sizeof(unsigned));
+          OK(cudaMemset(largest.get(), 0, sizeof(unsigned)));
+          fill_normal<T>(aux[0].get(), n * d_out, 400, 1.0f);
+          OK(cudaDeviceSynchronize());
+          OK(finals[1].launch(0, stream.get()));
+          OK(cudaStreamSynchronize(stream.get()));
+          OK(cudaMemcpy(data.spare.get(), data.sets[0].y.get(), data.spare.size(), cudaMemcpyDeviceToDevice));
+          OK(cudaMemset(data.sets[0].y.get(), 0xff, data.spare.size()));
+          OK(cudaDeviceSynchronize());
+          OK(fused[0].launch(0, stream.get()));
+          OK(cudaStreamSynchronize(stream.get()));
+          difference_kernel<T><<<std::min(grid(n * d_out), 1056u), 256>>>(
+              static_cast<const T*>(data.sets[0].y.get()), static_cast<const T*>(data.spare.get()), n * d_out,
+              static_cast<unsigned*>(largest.get()));
+          OK(cudaGetLastError());
+          float difference = 0;
+          OK(cudaMemcpy(&difference, largest.get(), sizeof(float), cudaMemcpyDeviceToHost));
+          printf(" | differ by %.3g at most", difference);
+          if (!(difference < 0.1f)) fail(place + " " + fused_name(epilogue) + ": differs from two steps");
+        }
+        printf("\n");
+      }
+    }
+  }
+
+  void fused() const {
+    printf("== fused: ms; x is the time of product and pass over the fused kernel's\n");
+    // tokens, d_in, d_out: forward the up projection, backward the down projection's gradient, of the same shape
+    const int64_t shapes[][3] = {{32768, 768, 3072}, {32768, 1024, 4096}, {16384, 1536, 6144}};
+    for (const auto& s : shapes) {
+      const std::string place = text("n %5lld  %5lld -> %5lld", (long long)s[0], (long long)s[1], (long long)s[2]);
+      if (now() > deadline) {
+        printf("%s  SKIP out of time\n", place.c_str());
+        continue;
+      }
+      attempt(place, [&] { measure_fused<__nv_bfloat16>(place, s[0], s[1], s[2]); });
+      fflush(stdout);
+    }
+  }
+
   void few_tokens() const {
     printf("== bench-small: few tokens\n");
     for (const auto& s : {std::pair<int64_t, int64_t>{4096, 14336}, {14336, 4096}}) {
@@ -1180,6 +1566,7 @@ int run_part(const std::string& part, const std::string& path, double deadline) 
   if (part == "check") attempt(part, [] { check(); });
   if (part == "layout") attempt(part, [&] { layout(lt); });
   if (part == "bench") attempt(part, [&] { bench.large(); });
+  if (part == "fused") attempt(part, [&] { bench.fused(); });
   if (part == "bench-small") attempt(part, [&] { bench.few_tokens(); });
   printf("-- %s: %d failures, %.1f s\n", part.c_str(), failures, now() - begin);
   if (csv != nullptr) fclose(csv);
@@ -1203,10 +1590,13 @@ int main(int count, char** arguments) {
       path = arguments[++i];
     } else if (argument == "--without" && i + 1 < count) {
       left_out.push_back(atoi(arguments[++i]));
-    } else if (argument == "check" || argument == "layout" || argument == "bench" || argument == "bench-small") {
+    } else if (argument == "check" || argument == "layout" || argument == "bench" || argument == "bench-small" ||
+               argument == "fused") {
       parts.push_back(argument);
     } else {
-      fprintf(stderr, "usage: %s [check] [layout] [bench] [bench-small] [--seconds S] [--cusparselt PATH] [--without KERNEL]\n",
+      fprintf(stderr,
+              "usage: %s [check] [layout] [bench] [bench-small] [fused] [--seconds S] [--cusparselt PATH] "
+              "[--without KERNEL]\n",
               arguments[0]);
       return 100;
     }

@@ -1,4 +1,5 @@
-// One kernel for one dtype: compiled with -DSLOPE_SM90_KERNEL=<line of instances.h> -DSLOPE_SM90_DTYPE=<0: bf16, 1: fp16>.
+// One kernel for one dtype: compiled with -DSLOPE_SM90_KERNEL=<line of instances.h> -DSLOPE_SM90_DTYPE=<0: bf16, 1: fp16>, and
+// for a fused epilogue of the bench with -DSLOPE_SM90_EPILOGUE=<number of the Epilogue>.
 #include <atomic>
 
 #include "cute/tensor.hpp"
@@ -12,6 +13,9 @@
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
 #include "cutlass/util/packed_stride.hpp"
 
+#if defined(SLOPE_SM90_EPILOGUE)
+#include "gelu.h"
+#endif
 #include "instances.h"
 #include "metadata.h"
 
@@ -45,13 +49,62 @@ constexpr int kCompressedAlignment = 16;  // the same of A, counted in columns o
 
 namespace fusion = cutlass::epilogue::fusion;
 using Bias = fusion::Sm90ColBroadcast<0, Tile, Element, float, cute::Stride<cute::_1, cute::_0, int64_t>, 1>;
-using Output = fusion::Sm90EVT<
+using Biased = fusion::Sm90EVT<
     fusion::Sm90Compute<cutlass::plus, Element, float, cutlass::FloatRoundStyle::round_to_nearest>, Bias,
     fusion::Sm90AccFetch>;
 
+#if !defined(SLOPE_SM90_EPILOGUE)
+using Source = void;
+using Output = Biased;
+#else
+constexpr Epilogue kEpilogue = Epilogue(SLOPE_SM90_EPILOGUE);
+constexpr bool kForward = kEpilogue == Epilogue::bias_gelu || kEpilogue == Epilogue::bias_gelu_tanh;
+constexpr bool kTanh = kEpilogue == Epilogue::bias_gelu_tanh || kEpilogue == Epilogue::gelu_gradient_tanh;
+static_assert(SLOPE_SM90_EPILOGUE >= kFirstFused && SLOPE_SM90_EPILOGUE < kFirstFused + kFusedEpilogues);
+static_assert(SLOPE_SM90_KERNEL < kFusedKernels);
+using Gelu = std::conditional_t<kTanh, TanhGelu, ErfGelu>;
+
+template <class Floats>
+struct Activate {
+  CUTLASS_DEVICE Floats operator()(Floats const& x) const {
+    Floats y;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < Floats::kElements; ++i) y[i] = Gelu::value(x[i]);
+    return y;
+  }
+};
+template <class Floats>
+struct TimesGradient {
+  CUTLASS_DEVICE Floats operator()(Floats const& product, Floats const& x) const {
+    Floats y;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < Floats::kElements; ++i) y[i] = product[i] * Gelu::gradient(x[i]);
+    return y;
+  }
+};
+template <template <class> class Function>
+using Compute = fusion::Sm90Compute<Function, Element, float, cutlass::FloatRoundStyle::round_to_nearest>;
+
+// GELU is taken of what `Biased` has rounded, the very numbers that are stored: as an operation of its own would see them, and
+// as the backward pass, which has only them, will.
+namespace detail = cutlass::epilogue::collective::detail;
+using Shape = detail::EpilogueDescriptor<Tile, cutlass::epilogue::collective::EpilogueTileAuto, void, Element, StoreSchedule>;
+using AuxShape = detail::AuxStoreDescriptor<Shape, Column, Element>;
+using Aux = fusion::Sm90AuxStore<AuxShape::Stages, typename AuxShape::EpilogueTile, Element,
+                                 cutlass::FloatRoundStyle::round_to_nearest, typename AuxShape::Stride,
+                                 typename AuxShape::SmemLayoutAtom, typename AuxShape::CopyOpR2S, kAlignment, false>;
+using Forward = fusion::Sm90EVT<Compute<Activate>, fusion::Sm90EVT<Aux, Biased>>;
+
+// The aux that is read comes as CUTLASS's C: same layout as D, so that both share their buffers.
+using Backward = fusion::Sm90EVT<Compute<TimesGradient>, fusion::Sm90AccFetch, fusion::Sm90SrcFetch<Element>>;
+
+using Source = std::conditional_t<kForward, void, Element>;
+using Output = std::conditional_t<kForward, Forward, Backward>;
+#endif
+
 using Store = typename cutlass::epilogue::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, Tile, Cluster,
-    cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, Column, kAlignment, Element, Column, kAlignment,
+    cutlass::epilogue::collective::EpilogueTileAuto, float, float, Source, Column, kAlignment, Element, Column, kAlignment,
     StoreSchedule, Output>::CollectiveOp;
 using Main = typename cutlass::gemm::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, Element, Row, kCompressedAlignment, Element, Column,
@@ -138,6 +191,18 @@ const char* prepare(int device, int* clusters) {
   return nullptr;
 }
 
+#if defined(SLOPE_SM90_EPILOGUE)
+template <class Arguments, class Stride>  // a template, so that only one of the branches has to fit
+void set_fused(const Problem& p, const Stride& stride, Arguments* epilogue) {
+  if constexpr (kForward) {
+    const typename Biased::Arguments biased{{static_cast<const Element*>(p.bias), Element(0), {}}, {}, {}};
+    epilogue->thread = {{biased, {static_cast<Element*>(p.aux), stride}}, {}};
+  } else {
+    epilogue->ptr_C = static_cast<const Element*>(p.aux);
+  }
+}
+#endif
+
 const char* run_kernel(const Problem& p) {
   int clusters = 0;
   if (const char* error = prepare(p.device, &clusters)) return error;
@@ -156,8 +221,12 @@ const char* run_kernel(const Problem& p) {
 
   const auto stride_y =
       cutlass::make_cute_packed_stride(typename Kernel::StrideD{}, cute::make_shape(p.d_out, p.n, 1));
-  arguments.epilogue.thread = {{static_cast<const Element*>(p.bias), Element(0), {}}, {}, {}};
   arguments.epilogue.ptr_C = nullptr;
+#if !defined(SLOPE_SM90_EPILOGUE)
+  arguments.epilogue.thread = {{static_cast<const Element*>(p.bias), Element(0), {}}, {}, {}};
+#else
+  set_fused(p, stride_y, &arguments.epilogue);
+#endif
   arguments.epilogue.dC = stride_y;
   arguments.epilogue.ptr_D = static_cast<Element*>(p.y);
   arguments.epilogue.dD = stride_y;
@@ -177,9 +246,19 @@ const char* run_kernel(const Problem& p) {
 
 }  // namespace
 
+#if !defined(SLOPE_SM90_EPILOGUE)
 template <>
 Instance instance<SLOPE_SM90_KERNEL, kDtype>() {
   return {Main::DispatchPolicy::Stages, &run_kernel};
 }
+#else
+static_assert(Main::DispatchPolicy::Stages >= 4, "the epilogue leaves the main loop too little shared memory");
+static_assert(Kernel::SharedStorageSize <= 227 * 1024);
+static_assert(std::is_same_v<typename AuxShape::Stride, typename Kernel::StrideD>, "aux and D lie alike");
+template <>
+Instance fused_instance<SLOPE_SM90_KERNEL, kDtype, kEpilogue>() {
+  return {Main::DispatchPolicy::Stages, &run_kernel};
+}
+#endif
 
 }  // namespace slope::sm90

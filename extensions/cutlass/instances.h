@@ -43,6 +43,7 @@ struct Problem {
   int swizzle;
   int device, multiprocessors;
   cudaStream_t stream;
+  void* aux;
 };
 
 // Defined in instance.cu, once for each kernel and dtype.
@@ -52,5 +53,12 @@ struct Instance {
 };
 template <int Kernel, Dtype D>
 Instance instance();
+
+#if defined(SLOPE_SM90_ALL)
+// With a fused epilogue: instance.cu compiled with -DSLOPE_SM90_EPILOGUE=<number of the Epilogue> as well.
+inline constexpr int kFusedKernels = 3, kFirstFused = int(Epilogue::bias_gelu), kFusedEpilogues = 4;
+template <int Kernel, Dtype D, Epilogue E>
+Instance fused_instance();
+#endif
 
 }  // namespace slope::sm90
