@@ -185,7 +185,13 @@ class PackedTokens:
         return {**self.__dict__, "_maps": {}}
 
     def read(self, start: int, out: NDArray[np.int64]) -> None:
-        """Fill ``out``, int64 ``(n,)``, with the tokens ``start : start + n``, which must exist."""
+        """Fill ``out``, int64 ``(n,)``, with the tokens ``start : start + n``.
+
+        Raises:
+            IndexError: There are not so many tokens.
+        """
+        if not 0 <= start <= self.tokens - len(out):
+            raise IndexError(f"tokens {start} to {start + len(out)} of {self.tokens} in {self.folder}")
         done = 0
         while done < len(out):
             number, offset = divmod(start + done, self.shard_tokens)

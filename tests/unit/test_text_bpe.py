@@ -81,6 +81,10 @@ def test_all_file_forms_are_the_same_tokenizer(toy, tokenizer, tmp_path, monkeyp
         again = load_bpe(source)
         assert again.fingerprint == tokenizer.fingerprint, source
         assert again.encode_batch([text]) == tokenizer.encode_batch([text])
+    content["pre_tokenizer"]["add_prefix_space"] = True
+    (stateful / "tokenizer.json").write_text(json.dumps(content))
+    assert load_bpe(stateful).fingerprint != tokenizer.fingerprint
+    assert not load_bpe(stateful).can_be_cut
     other = load_bpe(toy_vocabulary(tmp_path / "other", MERGES[:-1]))
     assert other.fingerprint != tokenizer.fingerprint
     assert load_bpe(toy, end_of_text="the" if "the" in vocab else "he").fingerprint != tokenizer.fingerprint
