@@ -412,7 +412,6 @@ Lt* load_lt(const std::string& path) {
   std::vector<std::string> places;
   if (!path.empty()) places.push_back(path);
   places.push_back("libcusparseLt.so.0");
-  places.push_back("/opt/torch/.venv/lib/python3.12/site-packages/nvidia/cusparselt/lib/libcusparseLt.so.0");
   void* library = nullptr;
   std::string reason;
   for (const std::string& place : places) {

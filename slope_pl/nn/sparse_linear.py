@@ -198,6 +198,8 @@ class SparseLinear(nn.Module):
     @torch.no_grad()
     def _settle(self) -> None:
         """After the values came to lie somewhere new: let them live inside their forward operand where that is possible."""
+        if self.values.device.type != "meta" and self._operands.belong_to(self.values, self.indices):
+            return  # it has not moved: a CUDA graph may hold the addresses of values and operands
         self._operands.adopt(self.values, self.indices)
         if self.values.device.type == "meta":
             return

@@ -132,6 +132,12 @@ class Operands:
         if indices.device.type != "meta":
             _LIVE[indices.data_ptr()] = self
 
+    def belong_to(self, values: Tensor, indices: Tensor) -> bool:
+        """Whether these are the operands of this very weight, where it lies now."""
+        if not self._sources or self._sources[0].dtype is not values.dtype:
+            return False
+        return [source.data_ptr() for source in self._sources] == [values.data_ptr(), indices.data_ptr()]
+
     def distrust(self) -> None:
         """Rebuild everything at the next product, in the buffers that are there."""
         for pair in self._pairs.values():
@@ -214,7 +220,7 @@ class Operands:
         needs_backward: bool,
     ) -> Pair:
         """Make the operands, current or not; arguments as in :meth:`current`."""
-        if [source.data_ptr() for source in self._sources] != [values.data_ptr(), indices.data_ptr()]:
+        if not self.belong_to(values, indices):
             kept = {key: pair for key, pair in self._pairs.items() if not pair.forward_is_values}
             self.adopt(values, indices)
             self._pairs.update(kept)

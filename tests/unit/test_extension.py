@@ -1,7 +1,7 @@
 """The built extension on a machine without a GPU: it loads, has the schemas and fakes that Python counts on, refuses CPUs."""
 
 import importlib.util
-import shutil
+import os
 from pathlib import Path
 
 import pytest
@@ -11,12 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from slope_pl.ops.extension import LIBRARY, extension
 
 ROOT = Path(__file__).resolve().parents[2]
-NVCC = shutil.which("nvcc") or (Path("/usr/local/cuda/bin/nvcc").exists() and "/usr/local/cuda/bin/nvcc")
 
 
 @pytest.fixture(autouse=True)
 def built():
-    if not LIBRARY.exists():
+    if not LIBRARY.exists() and os.environ.get("SLOPE_REQUIRE_EXTENSION") != "1":
         pytest.skip("the extension is not built here (make extension builds it where nvcc is)")
     assert extension().problem is None, extension().problem
 
@@ -35,7 +34,7 @@ def test_versions():
 
 
 def test_the_cutlass_kernels_are_in_it_where_their_headers_are():
-    if importlib.util.find_spec("cutlass_library") is None:
+    if importlib.util.find_spec("cutlass_library") is None and os.environ.get("SLOPE_REQUIRE_EXTENSION") != "1":
         pytest.skip("no nvidia-cutlass here: the extension is built without the kernels for narrow layers")
     assert torch.ops.slope_cuda.sm90_configs() > 0
 

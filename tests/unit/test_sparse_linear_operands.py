@@ -90,6 +90,20 @@ def test_a_compiled_layer_too_makes_them_once_a_step(made, backend):
     assert made == ["forward", "backward"] * 2
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda layer: layer.load_state_dict(make(seed=7).state_dict()), lambda layer: layer.to("cpu"), nn.Module.eval],
+)
+def test_a_weight_that_did_not_move_keeps_its_operands_place(change):
+    """CUDA graphs hold addresses: what is written in place must not bring new buffers."""
+    layer = make()
+    run(layer)
+    pair = layer._operands._pairs[torch.float32, "reference"]
+    change(layer)
+    assert layer._operands._pairs[torch.float32, "reference"] is pair
+    assert_current(layer)
+
+
 def test_evaluation_makes_no_backward_operand(made):
     layer = make().eval()
     with torch.no_grad():
