@@ -104,6 +104,21 @@ def test_a_weight_that_did_not_move_keeps_its_operands_place(change):
     assert_current(layer)
 
 
+def test_a_bias_that_changed_is_seen_where_the_backend_keeps_a_copy(monkeypatch):
+    reference = ops.get_backend("reference")
+
+    def refresh(pair, values, indices, backward_indices, bias, change):
+        reference.refresh(pair, values, indices, backward_indices, bias, change)
+        pair.bias = None if bias is None else bias.detach().to(pair.dtype)
+
+    monkeypatch.setitem(backends._REGISTRY, "reference", replace(reference, refresh=refresh))
+    layer, x = make(), gaussian(5, D_IN)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = layer(x)
+        layer.bias.add_(2)
+        torch.testing.assert_close(layer(x), before + 2, rtol=0.02, atol=0.02)
+
+
 def test_evaluation_makes_no_backward_operand(made):
     layer = make().eval()
     with torch.no_grad():
