@@ -1,10 +1,20 @@
 """Pre-LN transformer blocks, plain and fast: what a dense user would compile. Built alike from the same seed."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.shapes import BlockShape
+from slope_pl.nn import sparse_mlp
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"),
+}
 
 
 class Attention(nn.Module):
@@ -52,15 +62,14 @@ class MLP(nn.Module):
             self.gate = nn.Linear(shape.hidden, shape.intermediate, bias=bias)
         self.up = nn.Linear(shape.hidden, shape.intermediate, bias=bias)
         self.down = nn.Linear(shape.intermediate, shape.hidden, bias=bias)
+        if shape.activation != "swiglu":
+            self.between = ACTIVATIONS[shape.activation]()
 
     def forward(self, x: Tensor) -> Tensor:
         """Widen, activate, narrow."""
-        up = self.up(x)
         if self.activation == "swiglu":
-            return self.down(F.silu(self.gate(x)) * up)
-        if self.activation == "relu":
-            return self.down(F.relu(up))
-        return self.down(F.gelu(up, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+        return sparse_mlp(x, self.up, self.between, self.down)
 
 
 class Block(nn.Module):

@@ -24,11 +24,12 @@ KERNELS = (
     "resetup/choose.cu",
     "select/select.cu",
 )
-HOST = ("library.cpp", "spmm/session.cpp")
+HOST = ("library.cpp", "hopper.cpp", "spmm/session.cpp")
 # The oldest torch whose stable interface is used; a library built so loads in every later one.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 ARCHITECTURES = ("80", "90")
 CUTLASS_KERNELS, CUTLASS_DTYPES = 3, 2  # of cutlass/instances.h
+FUSED_KERNEL, FUSED_EPILOGUES = 1, (2, 3, 4, 5)  # likewise: numbers of Epilogue in cutlass/spmm_sm90.h
 
 
 class BuildError(RuntimeError):
@@ -79,16 +80,19 @@ def find_cutlass() -> Path | None:
 
 
 def cutlass_commands(nvcc: Path, home: Path, objects_dir: Path) -> list[tuple[list[str], Path]]:
-    """The Hopper kernels: one compilation a kernel and dtype, about a minute each, and their dispatch."""
+    """The Hopper kernels: one compilation a kernel, epilogue and dtype, about a minute each, and their dispatch."""
     flags = ["-DNDEBUG", "-O3", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "--expt-relaxed-constexpr"]
     start = [str(nvcc), *flags, "-Xcompiler", "-fPIC,-fvisibility=hidden", "-c"]
     includes = [f"-I{home / 'include'}", f"-I{home / 'tools' / 'util' / 'include'}"]
     dispatch = objects_dir / "spmm_sm90.cu.o"
     commands = [([*start, str(HERE / "cutlass" / "spmm_sm90.cu"), "-o", str(dispatch)], dispatch)]
-    for kernel in range(CUTLASS_KERNELS):
+    plain: list[tuple[int, int | None]] = [(kernel, None) for kernel in range(CUTLASS_KERNELS)]
+    for kernel, epilogue in plain + [(FUSED_KERNEL, epilogue) for epilogue in FUSED_EPILOGUES]:
         for dtype in range(CUTLASS_DTYPES):
-            out = objects_dir / f"sm90_{kernel}_{dtype}.o"
+            name = f"sm90_{kernel}_{dtype}" if epilogue is None else f"sm90_{kernel}_{dtype}_fused_{epilogue}"
+            out = objects_dir / f"{name}.o"
             which = [f"-DSLOPE_SM90_KERNEL={kernel}", f"-DSLOPE_SM90_DTYPE={dtype}"]
+            which += [] if epilogue is None else [f"-DSLOPE_SM90_EPILOGUE={epilogue}"]
             commands.append(([*start, *includes, *which, str(HERE / "cutlass" / "instance.cu"), "-o", str(out)], out))
     return commands
 
@@ -129,7 +133,8 @@ def _is_current(out: Path, command: list[str]) -> bool:
     stamp = _stamp_of(out)
     if not out.exists() or not stamp.exists() or stamp.read_text() != " ".join(command):
         return False
-    return all(source.stat().st_mtime < out.stat().st_mtime for source in (HERE / "cutlass").glob("*.[ch]*"))
+    sources = [path for path in (HERE / "cutlass").glob("*.[ch]*") if not path.name.startswith("bench_")]
+    return all(source.stat().st_mtime < out.stat().st_mtime for source in sources)
 
 
 def build(target: Path = TARGET, architectures: tuple[str, ...] = ARCHITECTURES, jobs: int | None = None) -> Path:

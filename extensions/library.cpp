@@ -7,10 +7,8 @@
 #include <tuple>
 #include <vector>
 
+#include "hopper.h"
 #include "tensors.h"
-#if defined(SLOPE_WITH_SM90)
-#include "cutlass/spmm_sm90.h"
-#endif
 
 namespace {
 
@@ -44,36 +42,6 @@ std::optional<Rows> rows_of(const Tensor& x, int64_t d_in) {
   return std::nullopt;
 }
 
-#if defined(SLOPE_WITH_SM90)
-slope::sm90::Dtype sm90_dtype(ScalarType dtype) {
-  return dtype == ScalarType::BFloat16 ? slope::sm90::Dtype::bf16 : slope::sm90::Dtype::f16;
-}
-
-void check_reason(const char* reason, const char* what) { STD_TORCH_CHECK(reason == nullptr, what, ": ", reason); }
-
-// By a CUTLASS kernel: any number of rows, contiguous.
-void multiply_sm90(const Tensor& x, const Tensor& operand, const void* bias, Tensor& y, int64_t n, int64_t d_out,
-                   int64_t d_in, int config) {
-  namespace sm90 = slope::sm90;
-  const size_t values = size_t(d_out * d_in), bytes = values + sm90::metadata_bytes(sm90::Metadata::k64, d_out, d_in);
-  STD_TORCH_CHECK(size_t(operand.numel()) * 2 >= bytes, "spmm: operand has ", operand.numel(), " elements, expected ",
-                  bytes / 2, " for W (", d_out, ", ", d_in, ") and a CUTLASS kernel");
-  const auto* data = static_cast<const char*>(operand.const_data_ptr());
-  const auto epilogue = bias == nullptr ? sm90::Epilogue::none : sm90::Epilogue::bias;
-  check_reason(sm90::run(config, epilogue, sm90_dtype(x.scalar_type()), x.const_data_ptr(), data, data + values, bias,
-                         y.mutable_data_ptr(), nullptr, n, d_out, d_in, nullptr, current_stream(x)),
-               "spmm");
-}
-#endif
-
-int64_t sm90_configs() {
-#if defined(SLOPE_WITH_SM90)
-  return slope::sm90::config_count();
-#else
-  return 0;
-#endif
-}
-
 Tensor spmm(const Tensor& input, const Tensor& operand, const MaybeTensor& bias, int64_t d_out, int64_t how,
             int64_t tail_how) {
   STD_TORCH_CHECK(input.dim() >= 1, "spmm: x has no dimensions");
@@ -105,12 +73,9 @@ Tensor spmm(const Tensor& input, const Tensor& operand, const MaybeTensor& bias,
   Tensor y = new_tensor(input, shape, code);
   if (rows->n == 0) return y;
   if (best.algorithm >= kSm90) {
-#if defined(SLOPE_WITH_SM90)
-    multiply_sm90(x, operand, bias_pointer, y, rows->n, d_out, d_in, int(best.algorithm - kSm90));
+    slope::multiply_sm90(x, operand, bias_pointer, y.mutable_data_ptr(), nullptr, rows->n, d_out, d_in,
+                         best.algorithm - kSm90, bias_pointer == nullptr ? slope::After::nothing : slope::After::bias);
     return y;
-#else
-    STD_TORCH_CHECK(false, "spmm: this library was built without the CUTLASS kernels");
-#endif
   }
 
   return guarded([&] {
@@ -160,13 +125,7 @@ int64_t kept_plans(const Tensor& x) { return int64_t(session_of(x).plans()); }
 
 int64_t operand_bytes(const Tensor& like, int64_t d_out, int64_t d_in, ScalarType dtype, int64_t order) {
   const cudaDataType type = cuda_type_of(dtype, "operand");
-  if (order == kCutlass) {
-#if defined(SLOPE_WITH_SM90)
-    return d_out * d_in + int64_t(slope::sm90::metadata_bytes(slope::sm90::Metadata::k64, d_out, d_in));
-#else
-    STD_TORCH_CHECK(false, "operand_bytes: this library was built without the CUTLASS kernels");
-#endif
-  }
+  if (order == kCutlass) return d_out * d_in + slope::sm90_metadata_bytes(d_out, d_in);
   OnDeviceOf guard(like);
   return guarded([&]() -> int64_t {
     const slope::Compression compression(session_of(like), d_out, d_in, type);
@@ -208,15 +167,10 @@ void write_metadata(const Tensor& indices, Tensor operand, int64_t order) {
   const size_t values = size_t(rows * columns), room = size_t(operand.numel()) * 2;
   auto* metadata = static_cast<char*>(operand.mutable_data_ptr()) + values;
   if (order == kCutlass) {
-#if defined(SLOPE_WITH_SM90)
-    const auto k64 = slope::sm90::Metadata::k64;
-    STD_TORCH_CHECK(room >= values + slope::sm90::metadata_bytes(k64, rows, columns), "operand: ", room,
+    STD_TORCH_CHECK(room >= values + size_t(slope::sm90_metadata_bytes(rows, columns)), "operand: ", room,
                     " bytes are too few");
-    check_reason(slope::sm90::build_metadata(k64, bytes, metadata, rows, columns, stream), "write_metadata");
+    slope::write_sm90_metadata(indices, metadata, rows, columns);
     return;
-#else
-    STD_TORCH_CHECK(false, "write_metadata: this library was built without the CUTLASS kernels");
-#endif
   }
   guarded([&] {
     if (order == kLibrary) {
@@ -325,7 +279,6 @@ STABLE_TORCH_LIBRARY(slope_cuda, m) {
       "Tensor(b!)? backward_operand) -> ()");
   m.def("choose_columns(Tensor values, Tensor indices, Tensor? previous) -> (Tensor, Tensor)");
   m.def("select(Tensor dense, Tensor indices, ScalarType dtype) -> Tensor");
-  m.def("sm90_configs() -> int");
   m.def("header_version() -> int");
   m.def("library_version() -> int");
 }
@@ -342,7 +295,6 @@ STABLE_TORCH_LIBRARY_IMPL(slope_cuda, CUDA, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(slope_cuda, CompositeExplicitAutograd, m) {
-  m.impl("sm90_configs", TORCH_BOX(&sm90_configs));
   m.impl("header_version", TORCH_BOX(&header_version));
   m.impl("library_version", TORCH_BOX(&library_version));
 }

@@ -37,6 +37,9 @@ class SLoPeConfig:
         keep_first_dense: the first linear layer after the input (with its query, key and value siblings) stays dense.
         keep_heads_dense: output heads stay dense.
         backend: ``auto`` takes the fastest that runs on the device; a backend asked for by name runs or raises.
+        fuse_gelu: where the backend can, the GELU between two sparse layers becomes part of their products
+            (:func:`slope_pl.nn.sparse_mlp`). Faster; the activation is then kept for the backward pass beside its input,
+            which without it a compiled model computes again. False saves that memory.
 
     Raises:
         ConfigError: if a value is out of range or two settings contradict each other.
@@ -54,6 +57,7 @@ class SLoPeConfig:
     keep_first_dense: bool = True
     keep_heads_dense: bool = True
     backend: BackendName = "auto"
+    fuse_gelu: bool = True
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
@@ -61,6 +65,8 @@ class SLoPeConfig:
         _one_of("mask", self.mask, MASK_KINDS)
         _one_of("backend", self.backend, BACKEND_NAMES)
         _integer("seed", self.seed, 0)
+        if not isinstance(self.fuse_gelu, bool):
+            raise ConfigError(f"fuse_gelu={self.fuse_gelu!r}: True or False is expected")
         if self.backward_refresh_steps is not None:
             _integer("backward_refresh_steps", self.backward_refresh_steps, 1, "; None never re-chooses the columns")
         _integer("adapter_rank", self.adapter_rank, 0, "; 0 means no adapters")

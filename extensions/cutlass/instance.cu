@@ -1,5 +1,5 @@
 // One kernel for one dtype: compiled with -DSLOPE_SM90_KERNEL=<line of instances.h> -DSLOPE_SM90_DTYPE=<0: bf16, 1: fp16>, and
-// for a fused epilogue of the bench with -DSLOPE_SM90_EPILOGUE=<number of the Epilogue>.
+// for a fused epilogue with -DSLOPE_SM90_EPILOGUE=<number of the Epilogue>.
 #include <atomic>
 
 #include "cute/tensor.hpp"
@@ -61,7 +61,7 @@ constexpr Epilogue kEpilogue = Epilogue(SLOPE_SM90_EPILOGUE);
 constexpr bool kForward = kEpilogue == Epilogue::bias_gelu || kEpilogue == Epilogue::bias_gelu_tanh;
 constexpr bool kTanh = kEpilogue == Epilogue::bias_gelu_tanh || kEpilogue == Epilogue::gelu_gradient_tanh;
 static_assert(SLOPE_SM90_EPILOGUE >= kFirstFused && SLOPE_SM90_EPILOGUE < kFirstFused + kFusedEpilogues);
-static_assert(SLOPE_SM90_KERNEL < kFusedKernels);
+static_assert(has_fused(SLOPE_SM90_KERNEL));
 using Gelu = std::conditional_t<kTanh, TanhGelu, ErfGelu>;
 
 template <class Floats>
@@ -92,7 +92,7 @@ using Shape = detail::EpilogueDescriptor<Tile, cutlass::epilogue::collective::Ep
 using AuxShape = detail::AuxStoreDescriptor<Shape, Column, Element>;
 using Aux = fusion::Sm90AuxStore<AuxShape::Stages, typename AuxShape::EpilogueTile, Element,
                                  cutlass::FloatRoundStyle::round_to_nearest, typename AuxShape::Stride,
-                                 typename AuxShape::SmemLayoutAtom, typename AuxShape::CopyOpR2S, kAlignment, false>;
+                                 typename AuxShape::SmemLayoutAtom, typename AuxShape::CopyOpR2S, kAlignment>;
 using Forward = fusion::Sm90EVT<Compute<Activate>, fusion::Sm90EVT<Aux, Biased>>;
 
 // The aux that is read comes as CUTLASS's C: same layout as D, so that both share their buffers.

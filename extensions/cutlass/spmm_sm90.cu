@@ -28,7 +28,6 @@ const Instances& instances(Dtype dtype) {
   return dtype == Dtype::bf16 ? bf16 : f16;
 }
 
-#if defined(SLOPE_SM90_ALL)
 constexpr bool is_fused(Epilogue epilogue) {
   return int(epilogue) >= kFirstFused && int(epilogue) < kFirstFused + kFusedEpilogues;
 }
@@ -39,7 +38,7 @@ static_assert(is_fused(Epilogue::gelu_gradient_tanh) && !is_fused(Epilogue::bias
 
 template <Dtype D, Epilogue E, int... Kernel>
 std::array<Instance, size_t(kFusedKernels)> collect_fused(std::integer_sequence<int, Kernel...>) {
-  return {fused_instance<Kernel, D, E>()...};
+  return {fused_instance<kFirstFusedKernel + Kernel, D, E>()...};
 }
 template <Dtype D, int... E>
 std::array<std::array<Instance, size_t(kFusedKernels)>, size_t(kFusedEpilogues)> collect_all_fused(
@@ -50,13 +49,8 @@ std::array<std::array<Instance, size_t(kFusedKernels)>, size_t(kFusedEpilogues)>
 const Instance& fused_instance_of(Dtype dtype, Epilogue epilogue, int kernel) {
   static const auto bf16 = collect_all_fused<Dtype::bf16>(std::make_integer_sequence<int, kFusedEpilogues>());
   static const auto f16 = collect_all_fused<Dtype::f16>(std::make_integer_sequence<int, kFusedEpilogues>());
-  return (dtype == Dtype::bf16 ? bf16 : f16)[size_t(int(epilogue) - kFirstFused)][size_t(kernel)];
+  return (dtype == Dtype::bf16 ? bf16 : f16)[size_t(int(epilogue) - kFirstFused)][size_t(kernel - kFirstFusedKernel)];
 }
-#else
-constexpr int kFusedKernels = 0;
-constexpr bool is_fused(Epilogue) { return false; }
-constexpr bool reads_bias(Epilogue epilogue) { return epilogue == Epilogue::bias; }
-#endif
 
 std::array<Config, size_t(kConfigs)> make_configs() {
   std::array<Config, size_t(kConfigs)> configs{};
@@ -120,7 +114,7 @@ const char* check_sizes(int64_t d_out, int64_t d_in) {
 const char* check_call(int id, Epilogue epilogue, int64_t n, int64_t d_out, int64_t d_in, Dtype dtype, Device* device) {
   if (id < 0 || id >= kConfigs) return "there is no such configuration";
   if (epilogue != Epilogue::none && epilogue != Epilogue::bias && !is_fused(epilogue)) return "there is no such epilogue";
-  if (is_fused(epilogue) && configs()[size_t(id)].kernel >= kFusedKernels) return "this kernel has no such epilogue";
+  if (is_fused(epilogue) && !has_fused(configs()[size_t(id)].kernel)) return "this kernel has no such epilogue";
   if (dtype != Dtype::bf16 && dtype != Dtype::f16) return "the dtype must be bf16 or fp16";
   if (n < 1 || n > std::numeric_limits<int32_t>::max() - 1024) return "n must be at least 1 and fit in 32 bits";
   if (const char* error = check_sizes(d_out, d_in)) return error;
@@ -217,12 +211,10 @@ const char* can_run(int config_id, Epilogue epilogue, int64_t n, int64_t d_out, 
   return check_call(config_id, epilogue, n, d_out, d_in, dtype, &device);
 }
 
-#if defined(SLOPE_SM90_ALL)
 int fused_stages(int config_id, Epilogue epilogue) {
-  if (config_id < 0 || config_id >= kConfigs || !is_fused(epilogue) || config(config_id).kernel >= kFusedKernels) return 0;
+  if (config_id < 0 || config_id >= kConfigs || !is_fused(epilogue) || !has_fused(config(config_id).kernel)) return 0;
   return fused_instance_of(Dtype::bf16, epilogue, config(config_id).kernel).stages;
 }
-#endif
 
 size_t workspace_bytes(int, Epilogue, int64_t, int64_t, int64_t, Dtype) { return 0; }
 
@@ -237,8 +229,9 @@ const char* run(int config_id, Epilogue epilogue, Dtype dtype, const void* x, co
   }
   if (reads_bias(epilogue) && bias_or_null == nullptr) return "the bias is null";
   if (!aligned(bias_or_null, 2)) return "the bias must be aligned to 2 bytes";
-  if (is_fused(epilogue) && (aux_or_null == nullptr || !aligned(aux_or_null, 16))) {
-    return "aux must not be null and must be aligned to 16 bytes";
+  const bool reads_aux = is_fused(epilogue) && !reads_bias(epilogue);
+  if ((reads_aux && aux_or_null == nullptr) || !aligned(aux_or_null, 16)) {
+    return "aux must not be null where it is read, and must be aligned to 16 bytes";
   }
   const Config& c = config(config_id);
   const Problem problem{x,
@@ -255,9 +248,7 @@ const char* run(int config_id, Epilogue epilogue, Dtype dtype, const void* x, co
                         device.multiprocessors,
                         stream,
                         aux_or_null};
-#if defined(SLOPE_SM90_ALL)
   if (is_fused(epilogue)) return fused_instance_of(dtype, epilogue, c.kernel).run(problem);
-#endif
   return instances(dtype)[size_t(c.kernel)].run(problem);
 }
 

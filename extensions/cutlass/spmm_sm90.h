@@ -23,13 +23,11 @@ enum class Dtype : int32_t { bf16, f16 };
 enum class Epilogue : int32_t {
   none,  // Y = X W^T
   bias,  // Y = X W^T + bias, bias (d_out) in the dtype of Y, added in float
-#if defined(SLOPE_SM90_ALL)
-  // Of the bench, for the kernels that the library has. The aux (n, d_out) has the dtype of Y.
-  bias_gelu,       // aux = X W^T + bias as `bias` rounds it, Y = gelu(aux), the one with erf
+  // Fused activations, for the kernels that fuses() names. The aux (n, d_out) has the dtype of Y.
+  bias_gelu,       // aux = X W^T + bias as `bias` rounds it, Y = gelu(aux), the one with erf; no aux where it is null
   bias_gelu_tanh,  // the same with PyTorch's approximate="tanh"
   gelu_gradient,   // Y = (X W^T) * gelu'(aux), rounded once
   gelu_gradient_tanh,
-#endif
 };
 
 // Order of the bytes of the metadata: it follows the depth of a kernel's tile. Kernels of one depth share one operand.
@@ -68,13 +66,11 @@ const char* can_run(int config_id, Epilogue epilogue, int64_t n, int64_t d_out, 
 // Bytes of scratch that run() needs (0 for every configuration there is today; ask all the same).
 size_t workspace_bytes(int config_id, Epilogue epilogue, int64_t n, int64_t d_out, int64_t d_in, Dtype dtype);
 
-#if defined(SLOPE_SM90_ALL)
 // Stages of the main loop with a fused epilogue (bias_gelu and later), 0 where a configuration has none.
 int fused_stages(int config_id, Epilogue epilogue);
-#endif
 
-// x, values, e and y need 16-byte alignment. `bias` is read by Epilogue::bias; `aux` is for the fused epilogues of the bench
-// (written by bias_gelu, read by gelu_gradient; 16-byte alignment, apart from y).
+// x, values, e and y need 16-byte alignment. `bias` is read by Epilogue::bias and bias_gelu; `aux` is for the fused epilogues
+// (written by bias_gelu unless null, read by gelu_gradient; 16-byte alignment, apart from y).
 const char* run(int config_id, Epilogue epilogue, Dtype dtype, const void* x, const void* values, const void* e,
                 const void* bias_or_null, void* y, void* aux_or_null, int64_t n, int64_t d_out, int64_t d_in,
                 void* workspace, cudaStream_t stream);

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from slope_pl.nn import can_fuse, is_hooked, sparse_mlp
+
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,  # the exact one, with erf
     "gelu_new": partial(nn.GELU, approximate="tanh"),
@@ -197,7 +199,11 @@ class BertOutput(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """Project ``x`` ``(B, T, in_features)`` and add it to ``residual`` ``(B, T, hidden)``."""
-        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+        return self.finish(self.dense(x), residual)
+
+    def finish(self, projected: Tensor, residual: Tensor) -> Tensor:
+        """What follows the projection; both ``(B, T, hidden)``."""
+        return self.LayerNorm(self.dropout(projected) + residual)
 
 
 class BertLayer(nn.Module):
@@ -213,6 +219,10 @@ class BertLayer(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Map ``(B, T, hidden)`` to the same shape; ``mask`` as in :class:`BertSelfAttention`."""
         x = self.attention["output"](self.attention["self"](x, mask), x)
+        widen, activation = self.intermediate
+        parts = widen, activation, self.output.dense
+        if can_fuse(*parts) and not is_hooked(self.intermediate, self.output):
+            return self.output.finish(sparse_mlp(x, *parts), x)
         return self.output(self.intermediate(x), x)
 
 

@@ -4,7 +4,6 @@ Every matrix is a plain ``nn.Linear`` that is only ever *called*, so that surger
 they lie transposed, which :mod:`slope_pl.models.hf_gpt2` sees to. A model returns logits, :func:`causal_lm_loss` their loss.
 """
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NoReturn
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from slope_pl.models.bert import ACTIVATIONS
+from slope_pl.nn import sparse_mlp
 
 IGNORED = -100
 """The label of a token that is not to be predicted."""
@@ -149,6 +149,21 @@ class GPT2Attention(nn.Module):
         return self.dropout(self.c_proj(context.transpose(1, 2).flatten(2)))
 
 
+class GPT2MLP(nn.Module):
+    """Two projections around an activation, then dropout."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.inner)
+        self.act = ACTIVATIONS[config.activation_function]()
+        self.c_proj = nn.Linear(config.inner, config.n_embd)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(B, T, n_embd)`` to the same shape."""
+        return self.dropout(sparse_mlp(x, self.c_fc, self.act, self.c_proj))
+
+
 class GPT2Block(nn.Module):
     """One layer: attention, then a feed-forward network, each on the LayerNorm of its input (pre-LN)."""
 
@@ -157,14 +172,7 @@ class GPT2Block(nn.Module):
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = GPT2Attention(config, index)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.mlp = nn.Sequential(
-            OrderedDict[str, nn.Module](
-                c_fc=nn.Linear(config.n_embd, config.inner),
-                act=ACTIVATIONS[config.activation_function](),
-                c_proj=nn.Linear(config.inner, config.n_embd),
-                dropout=nn.Dropout(config.resid_pdrop),
-            )
-        )
+        self.mlp = GPT2MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, T, n_embd)`` to the same shape."""

@@ -1,5 +1,6 @@
 """The sparse layer and the surgery that puts it into a model."""
 
+from slope_pl.nn.mlp import can_fuse, is_hooked, sparse_mlp
 from slope_pl.nn.report import SparsityReport, backend_lines, sparsity_report
 from slope_pl.nn.selection import choose_layers, is_head, is_linear
 from slope_pl.nn.sparse_linear import SparseLinear, why_ineligible
@@ -18,14 +19,17 @@ __all__ = [
     "SparseLinear",
     "SparsityReport",
     "backend_lines",
+    "can_fuse",
     "choose_layers",
     "dense_state_dict",
     "densify",
     "invalidate_operands",
     "is_head",
+    "is_hooked",
     "is_linear",
     "layer_seed",
     "sparse_layers",
+    "sparse_mlp",
     "sparsify",
     "sparsity_report",
     "wake_adapters",

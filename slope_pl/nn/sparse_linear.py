@@ -157,6 +157,36 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., d_in) -> (..., d_out)``, in the dtype of ``x``, or of autocast where that is on."""
+        x, weight, backend = self._ready(x)
+        if not self._awake or self.adapter_down is None or self.adapter_up is None:
+            return ops.sparse_linear(x, *weight, backend, self._operands)
+        rows = x.reshape(-1, self.in_features)
+        down, up = self.adapter_down.to(x.dtype), self.adapter_up.to(x.dtype)
+        # Added in place, by the epilogue of the second low-rank product: the sum costs no pass of its own over y.
+        y = ops.sparse_linear(rows, *weight, backend, self._operands)
+        y = y.addmm_(rows @ down.t(), up.t(), alpha=1 / self.adapter_rank)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _ready(self, x: Tensor) -> tuple[Tensor, ops.Weight, str]:
+        """The input in the dtype of the product, what it is multiplied by, and the backend that does it."""
+        weight = self._weight()
+        device_type, dtype = x.device.type, x.dtype
+        castable = device_type != "meta" and x.is_floating_point() and dtype is not torch.float64
+        if castable and torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+            x = x.to(dtype)
+        elif dtype is not weight.values.dtype:
+            raise RuntimeError(
+                f"SparseLinear: input is {dtype}, weights are {weight.values.dtype}; cast one of them or use autocast"
+            )
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise RuntimeError(
+                f"SparseLinear: input of shape {tuple(x.shape)} does not end in in_features = {self.in_features}"
+            )
+        backend = ops.resolve_backend(self.config.backend, device_type, dtype, self.out_features, self.in_features)
+        return x, weight, backend
+
+    def _weight(self) -> ops.Weight:
         if not torch.compiler.is_compiling() and not self._operands.adopted:
             self._settle()
         # From the dictionaries: nn.Module's __getattr__ costs a microsecond each time, this whole forward costs twenty.
@@ -164,29 +194,11 @@ class SparseLinear(nn.Module):
         parameters, buffers = self._parameters, self._buffers
         values = parameters["values"] if "values" in parameters else self.values  # noqa: SIM401 (looked up only then)
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
+        indices, columns = buffers["indices"], buffers["backward_indices"]
         assert values is not None
-        device_type, dtype = x.device.type, x.dtype
-        castable = device_type != "meta" and x.is_floating_point() and dtype is not torch.float64
-        if castable and torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-            x = x.to(dtype)
-        elif dtype is not values.dtype:
-            raise RuntimeError(
-                f"SparseLinear: input is {dtype}, weights are {values.dtype}; cast one of them or use autocast"
-            )
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise RuntimeError(
-                f"SparseLinear: input of shape {tuple(x.shape)} does not end in in_features = {self.in_features}"
-            )
-        backend = ops.resolve_backend(self.config.backend, device_type, dtype, self.out_features, self.in_features)
-        weight: Any = values, buffers["indices"], buffers["backward_indices"], bias, backend, self._operands
-        if not self._awake or self.adapter_down is None or self.adapter_up is None:
-            return ops.sparse_linear(x, *weight)
-        rows = x.reshape(-1, self.in_features)
-        down, up = self.adapter_down.to(dtype), self.adapter_up.to(dtype)
-        # Added in place, by the epilogue of the second low-rank product: the sum costs no pass of its own over y.
-        y = ops.sparse_linear(rows, *weight).addmm_(rows @ down.t(), up.t(), alpha=1 / self.adapter_rank)
-        return y.view(*x.shape[:-1], self.out_features)
+        assert indices is not None
+        assert columns is not None
+        return ops.Weight(values, indices, columns, bias)
 
     # ------------------------------------------------------------------------------------------------ operands
 
@@ -257,10 +269,11 @@ class SparseLinear(nn.Module):
         Returns:
             a float32 scalar: the share of the backward mask's entries that were replaced (the churn), 0 to 1.
         """
+        known = (torch.float32, torch.bfloat16, torch.float16)  # to the kernel, whatever is multiplied
         backend = ops.resolve_backend(
-            "reference" if self.config.backend == "reference" else "auto",
+            "reference" if self.config.backend == "reference" or self.values.dtype not in known else "auto",
             self.values.device.type,
-            self.values.dtype if self.values.dtype in (torch.bfloat16, torch.float16) else None,
+            None,
             self.out_features,
             self.in_features,
         )

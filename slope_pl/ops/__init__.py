@@ -15,6 +15,7 @@ from slope_pl.ops.backends import (
     Backend,
     BackendName,
     Place,
+    fuses_gelu,
     get_backend,
     reasons_against,
     register_backend,
@@ -23,6 +24,7 @@ from slope_pl.ops.backends import (
 )
 from slope_pl.ops.freshness import invalidate_operands
 from slope_pl.ops.library import choose_columns, sparse_linear
+from slope_pl.ops.mlp import Weight, sparse_mlp
 from slope_pl.ops.operands import Operands, operands_of
 
 del _reference, _cusparselt, _flops
@@ -33,7 +35,9 @@ __all__ = [
     "BackendName",
     "Operands",
     "Place",
+    "Weight",
     "choose_columns",
+    "fuses_gelu",
     "get_backend",
     "invalidate_operands",
     "operands_of",
@@ -41,5 +45,6 @@ __all__ = [
     "register_backend",
     "resolve_backend",
     "sparse_linear",
+    "sparse_mlp",
     "why_not",
 ]

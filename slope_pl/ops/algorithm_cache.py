@@ -38,6 +38,26 @@ class Order(enum.IntEnum):
     CUTLASS = 2
 
 
+class After(enum.StrEnum):
+    """What a kernel does with a product before it stores it."""
+
+    NOTHING = ""
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+    GELU_GRADIENT = "gelu_gradient"
+    GELU_GRADIENT_TANH = "gelu_gradient_tanh"
+
+    @property
+    def approximate(self) -> str:
+        """As ``torch.nn.functional.gelu`` calls it."""
+        return "tanh" if self.endswith("tanh") else "none"
+
+    @property
+    def is_gradient(self) -> bool:
+        """Whether it multiplies by the derivative of an activation."""
+        return self.startswith("gelu_gradient")
+
+
 class Algorithm(NamedTuple):
     """A way to multiply: an id, and how often the reduction is split.
 
@@ -57,11 +77,21 @@ def path() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slope_pl" / "algorithms.json"
 
 
-def key(device: torch.device, dtype: torch.dtype, n: int, d_out: int, d_in: int, bias: bool, order: Order) -> str:
+def key(
+    device: torch.device,
+    dtype: torch.dtype,
+    n: int,
+    d_out: int,
+    d_in: int,
+    bias: bool,
+    order: Order,
+    after: After = After.NOTHING,
+) -> str:
     """What an algorithm is remembered under; row counts that differ by less than a quarter share an entry."""
     name, version = torch.cuda.get_device_name(device), extension().running
     library = "CUTLASS kernels 1" if order is Order.CUTLASS else f"cuSPARSELt {version}"
     what = f"{str(dtype).removeprefix('torch.')} {bucket(n)}x{d_in}->{d_out}{' bias' if bias else ''}"
+    what += f" {after}" if after else ""
     return f"{name} | {library} | {what}"
 
 

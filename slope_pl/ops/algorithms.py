@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from slope_pl.ops import algorithm_cache as cache
-from slope_pl.ops.algorithm_cache import SM90, Algorithm, Order
+from slope_pl.ops.algorithm_cache import SM90, After, Algorithm, Order
 from slope_pl.sparsity import decompress
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,8 @@ class Problem(NamedTuple):
         indices: of W, uint8 ``(d_out, d_in / 8)``.
         bias: ``(d_out,)`` or None.
         order: of the operand's metadata.
+        after: what the kernel does with the product.
+        pre: ``(n, d_out)``, what an activation was taken of, where ``after`` is its gradient.
     """
 
     x: Tensor
@@ -62,11 +64,28 @@ class Problem(NamedTuple):
     indices: Tensor
     bias: Tensor | None
     order: Order
+    after: After = After.NOTHING
+    pre: Tensor | None = None
 
-    def run(self, algorithm: Algorithm) -> Tensor:
-        """The product by a given algorithm; raises RuntimeError where the library refuses it."""
+    def run(self, algorithm: Algorithm) -> tuple[Tensor, ...]:
+        """The results of a given algorithm, ``(n, d_out)`` each; raises RuntimeError where the library refuses it."""
+        d_out, ops, tanh = self.indices.shape[0], torch.ops.slope_cuda, self.after.approximate == "tanh"
+        config = algorithm.id - SM90
+        if self.after.is_gradient:
+            return (ops.spmm_gelu_gradient.default(self.x, self.operand, self.pre, d_out, config, tanh),)
+        if self.after:
+            return ops.spmm_gelu.default(self.x, self.operand, self.bias, d_out, config, tanh, True)
         how = encode(algorithm)
-        return torch.ops.slope_cuda.spmm.default(self.x, self.operand, self.bias, self.indices.shape[0], how, how)
+        return (ops.spmm.default(self.x, self.operand, self.bias, d_out, how, how),)
+
+    def results_of(self, product: Tensor, pre: Tensor | None) -> tuple[Tensor, ...]:
+        """What :meth:`run` gives, of a part of the product with its bias that was made in another way."""
+        if self.after.is_gradient:
+            assert pre is not None
+            return (torch.ops.aten.gelu_backward(product, pre.to(product), approximate=self.after.approximate),)
+        if self.after:
+            return torch.nn.functional.gelu(product, approximate=self.after.approximate), product
+        return (product,)
 
     def weight(self) -> Tensor:
         """W, dense."""
@@ -74,7 +93,14 @@ class Problem(NamedTuple):
         return decompress(self.operand[: d_out * kept].view(d_out, kept), self.indices)
 
 
-def choose_launch(x: Tensor, operand: Tensor, indices: Tensor, bias: Tensor | None, order: Order) -> Launch:
+def choose_launch(
+    x: Tensor,
+    operand: Tensor,
+    indices: Tensor,
+    bias: Tensor | None,
+    order: Order,
+    after: After = After.NOTHING,
+) -> Launch:
     """How to multiply an input of this shape; searches where neither this process nor the cache file knows.
 
     Args:
@@ -83,10 +109,11 @@ def choose_launch(x: Tensor, operand: Tensor, indices: Tensor, bias: Tensor | No
         indices: of W, uint8 ``(d_out, d_in / 8)``.
         bias: ``(d_out,)`` or None.
         order: of the operand's metadata, which says whose algorithms there are to choose from.
+        after: what follows the product in the same kernel.
     """
     n = x.numel() // x.shape[-1] if x.numel() else 0
     if order is Order.CUTLASS:  # takes any number of rows
-        how = encode(_algorithm(x, n, operand, indices, bias, order))
+        how = encode(_algorithm(x, n, operand, indices, bias, order, after))
         return Launch(how, how)
     whole, tail = n - n % 8, n % 8
     best = _algorithm(x, whole, operand, indices, bias, order) if whole else DEFAULT
@@ -96,12 +123,20 @@ def choose_launch(x: Tensor, operand: Tensor, indices: Tensor, bias: Tensor | No
     return Launch(encode(best), encode(rest))
 
 
-def _algorithm(x: Tensor, n: int, operand: Tensor, indices: Tensor, bias: Tensor | None, order: Order) -> Algorithm:
-    fallback = candidates(0, order)[0]
+def _algorithm(
+    x: Tensor,
+    n: int,
+    operand: Tensor,
+    indices: Tensor,
+    bias: Tensor | None,
+    order: Order,
+    after: After = After.NOTHING,
+) -> Algorithm:
+    fallback = candidates(0, order, after)[0]
     if n == 0:
         return fallback
     d_out, d_in = indices.shape[0], indices.shape[1] * 8
-    key = cache.key(x.device, x.dtype, n, d_out, d_in, bias is not None, order)
+    key = cache.key(x.device, x.dtype, n, d_out, d_in, bias is not None, order, after)
     found = _VERIFIED.get(key)
     if found is not None:
         return found
@@ -116,7 +151,7 @@ def _algorithm(x: Tensor, n: int, operand: Tensor, indices: Tensor, bias: Tensor
         return fallback
     with torch.no_grad(), torch.autocast("cuda", enabled=False):
         try:
-            problem = _random_problem(x, n, operand, indices, bias, order)
+            problem = _random_problem(x, n, operand, indices, bias, order, after)
             chosen = _from_cache(key, problem) or _searched(key, problem)
         except torch.OutOfMemoryError:
             log.warning("slope_pl: no memory to search an algorithm for %s; the library's default is used", key)
@@ -125,7 +160,9 @@ def _algorithm(x: Tensor, n: int, operand: Tensor, indices: Tensor, bias: Tensor
     return chosen
 
 
-def _random_problem(x: Tensor, n: int, operand: Tensor, indices: Tensor, bias: Tensor | None, order: Order) -> Problem:
+def _random_problem(
+    x: Tensor, n: int, operand: Tensor, indices: Tensor, bias: Tensor | None, order: Order, after: After
+) -> Problem:
     """Data of its own: what is being trained may be zero, infinite or NaN, and its random numbers are not touched."""
     generator = torch.Generator(x.device).manual_seed(0)
     d_out, d_in = indices.shape[0], indices.shape[1] * 8
@@ -133,7 +170,8 @@ def _random_problem(x: Tensor, n: int, operand: Tensor, indices: Tensor, bias: T
     values.normal_(generator=generator)
     weights[: d_out * d_in // 2].normal_(generator=generator)
     bias = None if bias is None else torch.empty_like(bias).normal_(generator=generator)
-    return Problem(values, weights, indices, bias, order)
+    pre = values.new_empty(n, d_out).normal_(generator=generator) if after.is_gradient else None
+    return Problem(values, weights, indices, bias, order, after, pre)
 
 
 def _from_cache(key: str, problem: Problem) -> Algorithm | None:
@@ -150,7 +188,7 @@ def _from_cache(key: str, problem: Problem) -> Algorithm | None:
 def _searched(key: str, problem: Problem) -> Algorithm:
     ours = problem.order is Order.CUTLASS
     count = 0 if ours else torch.ops.slope_cuda.max_algorithm(problem.x, problem.indices.shape[0])
-    timed = fastest_first(candidates(count, problem.order), problem.run, _milliseconds)
+    timed = fastest_first(candidates(count, problem.order, problem.after), problem.run, _milliseconds)
     for time, algorithm in timed:
         reason = refusal(problem.run, algorithm, problem)
         if reason is None:
@@ -163,22 +201,24 @@ def _searched(key: str, problem: Problem) -> Algorithm:
     )
 
 
-def candidates(count: int, order: Order) -> list[Algorithm]:
+def candidates(count: int, order: Order, after: After = After.NOTHING) -> list[Algorithm]:
     """What can be tried, the one to fall back on first.
 
     Args:
         count: how many ids cuSPARSELt has; only vetted ones are tried.
         order: of the operand's metadata: the CUTLASS kernels have configurations of their own.
+        after: what follows the product in the same kernel: not all of those kernels can do that.
     """
     if order is Order.CUTLASS:
-        return [Algorithm(SM90 + i) for i in range(torch.ops.slope_cuda.sm90_configs())]
+        ops = torch.ops.slope_cuda
+        return [Algorithm(SM90 + i) for i in range(ops.sm90_configs()) if not after or ops.sm90_is_fused(i)]
     return [DEFAULT, *(Algorithm(i) for i in VETTED_IDS if i < count)]
 
 
 def fastest_first(
     algorithms: Iterable[Algorithm],
-    run: Callable[[Algorithm], Tensor],
-    milliseconds: Callable[[Callable[[], Tensor], int], float],
+    run: Callable[[Algorithm], object],
+    milliseconds: Callable[[Callable[[], object], int], float],
 ) -> list[tuple[float, Algorithm]]:
     """Time algorithms, the promising ones again and in turn; those that cannot run are left out.
 
@@ -205,7 +245,7 @@ def fastest_first(
     return sorted((time, algorithm) for time, (_, algorithm) in zip(best, finalists, strict=True)) + rest
 
 
-def _milliseconds(product: Callable[[], Tensor], repeats: int) -> float:
+def _milliseconds(product: Callable[[], object], repeats: int) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     # The GPU waits while the host queues everything, or small products would be timed by the host's pace.
     torch.cuda._sleep(_QUEUE_CYCLES)
@@ -218,40 +258,45 @@ def _milliseconds(product: Callable[[], Tensor], repeats: int) -> float:
 
 
 def refusal(
-    run: Callable[[Algorithm], Tensor], algorithm: Algorithm, problem: Problem, sample: int | None = None
+    run: Callable[[Algorithm], tuple[Tensor, ...]], algorithm: Algorithm, problem: Problem, sample: int | None = None
 ) -> str | None:
     """Why an algorithm's result is not to be trusted, or None.
 
     Args:
-        run: the product by an algorithm, ``(n, d_out)``.
+        run: the results of an algorithm, ``(n, d_out)`` each.
         algorithm: the one in question.
         problem: what is multiplied.
         sample: compare only so many rows, spread over all; None for the whole result.
     """
     try:
-        result, again = run(algorithm), run(algorithm)
+        results, again = run(algorithm), run(algorithm)
     except RuntimeError as error:
         return f"cannot run ({str(error).splitlines()[0]})"
-    if not torch.equal(result, again):
+    if not all(torch.equal(*pair) for pair in zip(results, again, strict=True)):
         return "gives other bits each time"
-    x, weight = problem.x, problem.weight()
+    x, pre, weight = problem.x, problem.pre, problem.weight()
     if sample is not None and x.shape[0] > sample:
         rows = torch.linspace(0, x.shape[0] - 1, sample, device=x.device).long()
-        x, result = x[rows], result[rows]
-    ours = theirs = 0.0
+        x, pre, results = x[rows], None if pre is None else pre[rows], tuple(result[rows] for result in results)
+    ours, theirs = [0.0] * len(results), [0.0] * len(results)
     for i in range(0, x.shape[0], _BLOCK):
         for j in range(0, weight.shape[0], _BLOCK):
             x_part, w_part = x[i : i + _BLOCK], weight[j : j + _BLOCK]
             bias = None if problem.bias is None else problem.bias[j : j + _BLOCK]
-            dense = torch.nn.functional.linear(x_part, w_part, bias).double()
-            exact = torch.nn.functional.linear(
-                x_part.double(), w_part.double(), None if bias is None else bias.double()
+            part = slice(i, i + _BLOCK), slice(j, j + _BLOCK)
+            before = None if pre is None else pre[part]
+            dense = problem.results_of(torch.nn.functional.linear(x_part, w_part, bias), before)
+            exact = problem.results_of(
+                torch.nn.functional.linear(x_part.double(), w_part.double(), None if bias is None else bias.double()),
+                before,
             )
-            ours = max(ours, _error(result[i : i + _BLOCK, j : j + _BLOCK].double(), exact))
-            theirs = max(theirs, _error(dense, exact))
+            for k, result in enumerate(results):
+                ours[k] = max(ours[k], _error(result[part].double(), exact[k]))
+                theirs[k] = max(theirs[k], _error(dense[k].double(), exact[k]))
     floor = torch.finfo(x.dtype).eps * 0.5
-    if not ours <= _TOLERANCE * theirs + floor:
-        return f"is wrong (largest error {ours:.3g} of the largest result, the dense product's is {theirs:.3g})"
+    for mine, allowed in zip(ours, theirs, strict=True):
+        if not mine <= _TOLERANCE * allowed + floor:
+            return f"is wrong (largest error {mine:.3g} of the largest result, the dense product's is {allowed:.3g})"
     return None
 
 

@@ -49,6 +49,10 @@ class Backend:
         wgrad: ``(dy, x, indices, dtype) -> (dy^T x)[kept]``, ``(d_out, d_in / 2)``.
         choose_columns: ``(values, indices, previous) -> (backward_indices, churn)``: the re-setup; the churn is the share
             of the previous backward mask that was replaced, a float32 scalar.
+        fuses_gelu: whether the two products around a GELU can take it along at a place.
+        forward_gelu: ``(x, forward_operand, indices, bias, approximate, keep) -> (gelu(pre), pre)`` with
+            ``pre = x W^T + b``, which is empty unless it is to be kept.
+        dgrad_gelu: ``(dy, backward_operand, backward_indices, pre, approximate) -> (dy W_RC) gelu'(pre)``.
         own_values: ``(values, indices) -> (values, forward_operand) | None``: where a weight of this dtype can live inside
             its own operand, the values in their new place; None where it cannot.
     """
@@ -60,6 +64,9 @@ class Backend:
     dgrad: Callable[[Tensor, Tensor, Tensor], Tensor]
     wgrad: Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
     choose_columns: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    fuses_gelu: Callable[[Place], bool]
+    forward_gelu: Callable[[Tensor, Tensor, Tensor, Tensor | None, str, bool], tuple[Tensor, Tensor]]
+    dgrad_gelu: Callable[[Tensor, Tensor, Tensor, Tensor, str], Tensor]
     own_values: Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | None]
 
 
@@ -115,6 +122,20 @@ def resolve_backend(
     if name is None:
         name = _RESOLVED[key] = _resolve(requested, Place(device_type, dtype, d_out, d_in))
     return name
+
+
+@torch.compiler.assume_constant_result
+def fuses_gelu(backend: str, device_type: str, dtype: torch.dtype, d_out: int, d_in: int) -> bool:
+    """Whether a backend takes a GELU along with the products before and after it.
+
+    Args:
+        backend: a resolved name.
+        device_type: ``"cpu"``, ``"cuda"``, ...
+        dtype: of the input, after autocast.
+        d_out: rows of the weight before the activation.
+        d_in: its columns.
+    """
+    return get_backend(backend).fuses_gelu(Place(device_type, dtype, d_out, d_in))
 
 
 def _resolve(requested: str, place: Place) -> str:

@@ -13,8 +13,8 @@ import logging
 import torch
 from torch import Tensor
 
-from slope_pl.ops.algorithm_cache import Order
-from slope_pl.ops.algorithms import DEFAULT, Launch, choose_launch, encode
+from slope_pl.ops.algorithm_cache import SM90, After, Order
+from slope_pl.ops.algorithms import DEFAULT, Launch, candidates, choose_launch, encode
 from slope_pl.ops.backends import Backend, Place, register_backend
 from slope_pl.ops.extension import extension
 from slope_pl.ops.operands import Change, Pair
@@ -28,7 +28,7 @@ _FLOATS = (torch.float32, *DTYPES)
 # A weight whose shorter side lies between these goes to the CUTLASS kernels: on an H100 they were faster at 768, 1024 and 1536
 # and slower from 4096 on; below 512 the host's time decides, of which they take some microseconds more.
 NARROW = 512, 1536
-_Key = tuple[int, int, int, torch.dtype, int, bool]
+_Key = tuple[int, int, int, torch.dtype, int, bool, After]
 _LAUNCHES: dict[_Key, Launch] = {}
 _MAX_LAUNCHES = 1 << 14  # distinct token counts of a long run; beyond, they are looked up in the cache again
 
@@ -156,13 +156,15 @@ def own_values(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor] | None:
     return torch.from_dlpack(head), operand
 
 
-def _launch_for(x: Tensor, operand: Tensor, indices: Tensor, bias: Tensor | None) -> Launch:
+def _launch_for(
+    x: Tensor, operand: Tensor, indices: Tensor, bias: Tensor | None, after: After = After.NOTHING
+) -> Launch:
     d_out, eighths = indices.shape
-    key = (x.numel(), d_out, eighths, x.dtype, x.get_device(), bias is None)
+    key = (x.numel(), d_out, eighths, x.dtype, x.get_device(), bias is None, after)
     launch = _LAUNCHES.get(key)
     if launch is None:
         d_in = eighths * 8
-        launch = choose_launch(x, operand, indices, bias, order_of(d_out, d_in, x.device))
+        launch = choose_launch(x, operand, indices, bias, order_of(d_out, d_in, x.device), after)
         if not torch.cuda.is_current_stream_capturing():  # where nothing could be searched
             if len(_LAUNCHES) >= _MAX_LAUNCHES:
                 _LAUNCHES.clear()
@@ -179,6 +181,50 @@ def forward(x: Tensor, forward_operand: Tensor, indices: Tensor, bias: Tensor | 
 def dgrad(dy: Tensor, backward_operand: Tensor, backward_indices: Tensor) -> Tensor:
     """``dy W_RC``: ``(..., d_out) -> (..., d_in)``."""
     return forward(dy, backward_operand, backward_indices, None)
+
+
+def fuses_gelu(place: Place) -> bool:
+    """Whether a kernel of the extension takes GELU into the epilogue of a product: the CUTLASS kernels, on Hopper."""
+    if why_not(place) is not None or place.d_out is None or place.d_in is None:
+        return False
+    return _has_gelu(order_of(place.d_out, place.d_in, torch.device("cuda", torch.cuda.current_device())))
+
+
+@functools.cache
+def _has_gelu(order: Order) -> bool:
+    return order is Order.CUTLASS and bool(candidates(0, order, After.GELU))
+
+
+def forward_gelu(
+    x: Tensor, forward_operand: Tensor, indices: Tensor, bias: Tensor | None, approximate: str, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """``gelu(pre), pre`` with ``pre = x W^T + b``, in one kernel where there is one."""
+    if bias is None or not _has_gelu(order_of(indices.shape[0], indices.shape[1] * 8, x.device)):
+        pre = forward(x, forward_operand, indices, bias)
+        return torch.nn.functional.gelu(pre, approximate=approximate), pre if keep else pre.new_empty(0)
+    tanh = approximate == "tanh"
+    launch = _launch_for(x, forward_operand, indices, bias, After.GELU_TANH if tanh else After.GELU)
+    return torch.ops.slope_cuda.spmm_gelu.default(
+        x, forward_operand, bias, indices.shape[0], _config(launch), tanh, keep
+    )
+
+
+def dgrad_gelu(dy: Tensor, backward_operand: Tensor, backward_indices: Tensor, pre: Tensor, approximate: str) -> Tensor:
+    """``(dy W_RC) gelu'(pre)``, in one kernel where there is one."""
+    if not _has_gelu(order_of(backward_indices.shape[0], backward_indices.shape[1] * 8, dy.device)):
+        dx = dgrad(dy, backward_operand, backward_indices)
+        return torch.ops.aten.gelu_backward(dx, pre, approximate=approximate)
+    tanh = approximate == "tanh"
+    after = After.GELU_GRADIENT_TANH if tanh else After.GELU_GRADIENT
+    launch = _launch_for(dy, backward_operand, backward_indices, None, after)
+    return torch.ops.slope_cuda.spmm_gelu_gradient.default(
+        dy, backward_operand, pre, backward_indices.shape[0], _config(launch), tanh
+    )
+
+
+def _config(launch: Launch) -> int:
+    """Number of a CUTLASS configuration."""
+    return (launch.how & 0xFFFF) - 1 - SM90
 
 
 @in_the_given_dtype
@@ -205,6 +251,9 @@ register_backend(
         dgrad=dgrad,
         wgrad=wgrad,
         choose_columns=choose_columns,
+        fuses_gelu=fuses_gelu,
+        forward_gelu=forward_gelu,
+        dgrad_gelu=dgrad_gelu,
         own_values=own_values,
     )
 )

@@ -10,8 +10,9 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from slope_pl.ops import library as _library  # defines the operations
+from slope_pl.ops import mlp as _mlp
 
-del _library
+del _library, _mlp
 
 Shape = tuple[int, ...]
 
@@ -39,3 +40,16 @@ def dgrad_flops(dy_shape: Shape, values_shape: Shape, *_: Any, **__: Any) -> int
 def wgrad_flops(dy_shape: Shape, x_shape: Shape, *_: Any, **__: Any) -> int:
     """A dense ``dy^T x``."""
     return 2 * _rows(dy_shape) * dy_shape[-1] * x_shape[-1]
+
+
+@register_flop_formula(torch.ops.slope.sparse_mlp)
+def sparse_mlp_flops(x_shape: Shape, *rest: Any, **_: Any) -> int:
+    """Two sparse products; the activation between them is not counted, as nowhere else."""
+    (up_rows, up_kept), (down_rows, down_kept) = rest[0], rest[4]
+    return 2 * _rows(x_shape) * (up_rows * up_kept + down_rows * down_kept)
+
+
+@register_flop_formula(torch.ops.slope.dgrad_gelu)
+def dgrad_gelu_flops(dy_shape: Shape, values_shape: Shape, *_: Any, **__: Any) -> int:
+    """As without the gradient of the activation."""
+    return dgrad_flops(dy_shape, values_shape)

@@ -89,7 +89,8 @@ def _choose_columns_fake(
     return torch.empty_like(backward_indices), values.new_empty((), dtype=torch.float32)
 
 
-def _bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
+def bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum of ``dy`` ``(..., d_out)`` over its rows, in ``dtype``."""
     return dy.flatten(0, -2).sum(0).to(dtype) if dy.dim() > 1 else dy.to(dtype)
 
 
@@ -108,18 +109,19 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[1]:
         dvalues = torch.ops.slope.wgrad(dy, x, indices, values.dtype, ctx.backend)
     if ctx.needs_input_grad[4]:
-        dbias = _bias_gradient(dy, ctx.bias_dtype)
+        dbias = bias_gradient(dy, ctx.bias_dtype)
     return dx, dvalues, None, None, dbias, None, None
 
 
-def _refuse_second_derivative(ctx: Any, *_: Tensor) -> None:
-    raise RuntimeError("slope::sparse_linear cannot be differentiated twice (create_graph=True)")
+def refuse_second_derivative(ctx: Any, *_: Tensor) -> None:
+    """A formula for what has none."""
+    raise RuntimeError("slope_pl: a sparse product cannot be differentiated twice (create_graph=True)")
 
 
 torch.library.register_autograd("slope::sparse_linear", _backward, setup_context=_save, lib=_LIB)
 for _name in ("dgrad", "wgrad"):
     # Without a formula autograd would go on with a warning and a wrong number.
-    torch.library.register_autograd(f"slope::{_name}", _refuse_second_derivative, lib=_LIB)
+    torch.library.register_autograd(f"slope::{_name}", refuse_second_derivative, lib=_LIB)
 
 
 class _EagerSparseLinear(torch.autograd.Function):
@@ -146,7 +148,7 @@ class _EagerSparseLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and dy.requires_grad:
-            _refuse_second_derivative(ctx)
+            refuse_second_derivative(ctx)
         x, values, indices, backward_indices = ctx.saved_tensors
         backend = get_backend(ctx.backend)
         dx = dvalues = dbias = None
@@ -155,11 +157,11 @@ class _EagerSparseLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dvalues = backend.wgrad(dy, x, indices, values.dtype)
         if ctx.needs_input_grad[4]:
-            dbias = _bias_gradient(dy, ctx.bias_dtype)
+            dbias = bias_gradient(dy, ctx.bias_dtype)
         return dx, dvalues, None, None, dbias, None, None, None
 
 
-# Function.apply without its Python half, which serves torch.func transforms: those take the operation (_is_watched).
+# Function.apply without its Python half, which serves torch.func transforms: those take the operation (is_watched).
 _apply: Callable[..., Tensor] = super(torch.autograd.Function, _EagerSparseLinear).apply
 
 
@@ -188,7 +190,7 @@ def sparse_linear(
     """
     grad = torch.is_grad_enabled()
     needs_dx = grad and x.requires_grad
-    if torch.compiler.is_compiling() or operands is None or _is_watched():
+    if torch.compiler.is_compiling() or operands is None or is_watched():
         return torch.ops.slope.sparse_linear(x, values, indices, backward_indices, bias, needs_dx, backend)
     if grad:
         return _apply(x, values, indices, backward_indices, bias, operands, needs_dx, backend)
@@ -196,7 +198,7 @@ def sparse_linear(
     return _multiply(x, pair, indices, bias, backend)
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether a mode looks at operations (FLOP counters, fake tensors): it is shown ``slope::`` ones."""
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
 

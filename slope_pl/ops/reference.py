@@ -67,6 +67,20 @@ def wgrad(dy: Tensor, x: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
     return compress(dense, indices).to(dtype)
 
 
+def forward_gelu(
+    x: Tensor, forward_operand: Tensor, indices: Tensor, bias: Tensor | None, approximate: str, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """The product, then GELU of what it was rounded to."""
+    pre = forward(x, forward_operand, indices, bias)
+    return F.gelu(pre, approximate=approximate), pre if keep else pre.new_empty(0)
+
+
+def dgrad_gelu(dy: Tensor, backward_operand: Tensor, backward_indices: Tensor, pre: Tensor, approximate: str) -> Tensor:
+    """The input gradient of the second product, then that of the GELU before it."""
+    dx = dgrad(dy, backward_operand, backward_indices)
+    return torch.ops.aten.gelu_backward(dx, pre, approximate=approximate)
+
+
 def choose_columns(values: Tensor, indices: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
     """The re-setup, and the share of the previous backward mask that it replaced."""
     before = backward_mask(indices, previous)
@@ -84,6 +98,9 @@ register_backend(
         dgrad=dgrad,
         wgrad=wgrad,
         choose_columns=choose_columns,
+        fuses_gelu=lambda place: False,
+        forward_gelu=forward_gelu,
+        dgrad_gelu=dgrad_gelu,
         own_values=lambda values, indices: None,
     )
 )

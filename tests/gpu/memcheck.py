@@ -55,6 +55,26 @@ def run_products(d_out: int, d_in: int) -> None:
                 ops.spmm(x, operand, None, d_out, how, how)
 
 
+def run_fused(d_out: int, d_in: int) -> None:
+    """Every product with an activation, at odd and even numbers of rows."""
+    ops = torch.ops.slope_cuda
+    configs = [config for config in range(ops.sm90_configs()) if ops.sm90_is_fused(config)]
+    for dtype in HALVES:
+        operand = torch.empty(
+            ops.operand_bytes(torch.empty(0).cuda(), d_out, d_in, dtype, Order.CUTLASS) // 2, dtype=dtype
+        )
+        operand = operand.normal_().cuda()
+        ops.write_metadata(indices_of(d_out, d_in), operand, Order.CUTLASS)
+        bias = torch.randn(d_out, device="cuda").to(dtype)
+        for n in (1, 133):
+            x, pre = (torch.randn(n, width, device="cuda").to(dtype) for width in (d_in, d_out))
+            for config in configs:
+                for tanh in (False, True):
+                    ops.spmm_gelu(x, operand, bias, d_out, config, tanh, True)
+                    ops.spmm_gelu(x, operand, bias, d_out, config, tanh, False)
+                    ops.spmm_gelu_gradient(x, operand, pre, d_out, config, tanh)
+
+
 def main() -> int:
     """Run everything; the sanitizer's exit status is the result."""
     if extension().problem is not None or not torch.cuda.is_available():
@@ -64,6 +84,7 @@ def main() -> int:
         run_kernels(*shape)
     for shape in SHAPES:
         run_products(*shape)
+        run_fused(*shape)
     torch.cuda.synchronize()
     print("every kernel was launched")
     return 0

@@ -79,8 +79,8 @@ def test_an_algorithm_with_wrong_results_is_refused(name, spoil):
     wrong, right = Algorithm(3), algorithms.candidates(1, case.order)[0]
 
     def run(algorithm):
-        y = case.run(right)
-        return spoil(y) if algorithm == wrong else y
+        (y,) = case.run(right)
+        return (spoil(y) if algorithm == wrong else y,)
 
     reason = algorithms.refusal(run, wrong, case)
     assert reason is not None
@@ -94,7 +94,7 @@ def test_an_algorithm_that_does_not_repeat_itself_is_refused():
 
     def run(algorithm):
         calls.append(1)
-        return case.run(right) * (1 + 2**-7 * len(calls))
+        return (case.run(right)[0] * (1 + 2**-7 * len(calls)),)
 
     assert algorithms.refusal(run, Algorithm(0), case) == "gives other bits each time"
 
