@@ -38,8 +38,7 @@ class SLoPeConfig:
         keep_heads_dense: output heads stay dense.
         backend: ``auto`` takes the fastest that runs on the device; a backend asked for by name runs or raises.
         fuse_gelu: where the backend can, the GELU between two sparse layers becomes part of their products
-            (:func:`slope_pl.nn.sparse_mlp`). Faster; the activation is then kept for the backward pass beside its input,
-            which without it a compiled model computes again. False saves that memory.
+            (:func:`slope_pl.nn.sparse_mlp`), which is faster. False: three operations, as where it cannot.
 
     Raises:
         ConfigError: if a value is out of range or two settings contradict each other.

@@ -9,6 +9,7 @@ On Hopper, narrow layers are multiplied by CUTLASS kernels instead where the ext
 
 import functools
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ def _refresh_bias(pair: Pair, bias: Tensor) -> None:
         pair.bias = None  # the layer's own serves
         return
     if pair.bias is None or pair.bias.shape != bias.shape:
-        pair.bias = torch.empty(bias.shape, dtype=pair.dtype, device=bias.device)
+        pair.bias = _lasting(tuple(bias.shape), pair.dtype, bias.device)
     pair.bias.copy_(bias)
 
 
@@ -136,7 +137,23 @@ def _new_operand(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> T
             "layer.refresh_operands(dtype)) before"
         )
     size = torch.ops.slope_cuda.operand_bytes(like, rows, columns, dtype, order_of(rows, columns, like.device))
-    return torch.empty(size // 2, dtype=dtype, device=like.device)
+    return _lasting((size // 2,), dtype, like.device)
+
+
+def _lasting(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for a tensor that outlives the step in which it is first needed.
+
+    ``torch.compile(mode="reduce-overhead")`` sends what its thread allocates in a first step to the pool of its CUDA graphs,
+    and fails if anything of that is still alive afterwards. So another thread allocates; this happens once a weight.
+    """
+    stream = torch.cuda.current_stream(device)
+
+    def allocate() -> Tensor:
+        with torch.cuda.stream(stream):
+            return torch.empty(shape, dtype=dtype, device=device)
+
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(allocate).result()
 
 
 def own_values(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor] | None:

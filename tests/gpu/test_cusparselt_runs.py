@@ -164,10 +164,6 @@ def test_recording_before_any_forward_is_refused_clearly():
 def test_compiled_training_equals_eager(dtype, mode):
     torch._dynamo.reset()
     nets = [small_net(dtype) for _ in range(2)]
-    for net in nets:
-        for layer in net:
-            if isinstance(layer, SparseLinear):
-                layer.refresh_operands(torch.bfloat16)
     compiled = torch.compile(nets[0], fullgraph=True, mode=None if mode == "default" else mode)
     optimizers = [torch.optim.AdamW(net.parameters(), lr=1e-2) for net in nets]
     losses = [[], []]

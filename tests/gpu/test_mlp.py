@@ -137,7 +137,8 @@ def test_every_configuration_is_right_and_wrong_results_are_refused(dtype, after
     layer = make(NARROW, 1040, dtype)
     operand = layer._operands.current(*layer._weight(), dtype, "cusparselt", False).forward
     x = torch.randn(300, NARROW, device="cuda").to(dtype)
-    problem = algorithms._random_problem(x, 300, operand, layer.indices, layer.bias, Order.CUTLASS, after)
+    bias = None if after.is_gradient else layer.bias
+    problem = algorithms._random_problem(x, 300, operand, layer.indices, bias, Order.CUTLASS, after)
     found = algorithms.candidates(0, Order.CUTLASS, after)
     assert len(found) == 8
     assert [algorithms.refusal(problem.run, a, problem) for a in found] == [None] * len(found)
