@@ -1,7 +1,8 @@
 """Train transformers with 2:4 sparse weights from the first step to the last: SLoPe for PyTorch Lightning.
 
 The method: Mozaffari, Yazdanbakhsh, Zhang, Mehri Dehnavi, "SLoPe: Double-Pruned Sparse Plus Lazy Low-Rank Adapter
-Pretraining of LLMs", ICLR 2025, arXiv 2405.16325. Importing registers the strategies ``slope`` and ``slope_ddp``.
+Pretraining of LLMs", ICLR 2025, arXiv 2405.16325. Importing registers the strategies ``slope``, ``slope_ddp``,
+``slope_fsdp2`` and ``slope_deepspeed_stage_1`` to ``_3``.
 """
 
 __version__ = "0.1.0"
@@ -18,7 +19,9 @@ from slope_pl.errors import (
 from slope_pl.lightning import (
     SLoPeCallback,
     SLoPeDDPStrategy,
+    SLoPeDeepSpeedStrategy,
     SLoPeLightningModule,
+    SLoPeModelParallelStrategy,
     SLoPeSingleDeviceStrategy,
     SLoPeStrategy,
 )
@@ -41,8 +44,10 @@ __all__ = [
     "SLoPeCallback",
     "SLoPeConfig",
     "SLoPeDDPStrategy",
+    "SLoPeDeepSpeedStrategy",
     "SLoPeError",
     "SLoPeLightningModule",
+    "SLoPeModelParallelStrategy",
     "SLoPeSingleDeviceStrategy",
     "SLoPeStrategy",
     "ScheduleError",

@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -18,14 +19,17 @@ from slope_pl.lightning.checks import (
     FORMAT_VERSION,
     check_config,
     check_optimizers,
+    check_ranks,
     check_strategy,
     product_dtype,
     strip_classes,
 )
+from slope_pl.lightning.deepspeed import ZeroAdapters
 from slope_pl.lightning.schedule import adapter_start_step, has_time_limit, planned_steps
 from slope_pl.nn import (
     SparseLinear,
     backend_lines,
+    gathered,
     invalidate_operands,
     sparsify,
     sparsity_report,
@@ -68,12 +72,16 @@ class SLoPeCallback(pl.Callback):
         self._plan_lines: list[str] = []
         self._norms_logged_at = -1
         self._random_states: rng.States | None = None
+        self._zero: ZeroAdapters | None = None
 
     # ------------------------------------------------------------------------------------------------ before training
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Arrange the conversion; before the restore of a checkpoint, which needs the sparse layers to be there."""
         check_strategy(trainer.strategy)
+        self._zero = None
+        if isinstance(trainer.strategy, DeepSpeedStrategy) and stage == "fit":
+            self._zero = ZeroAdapters(trainer.strategy)
         if self.config is None:
             self.config = as_config(getattr(pl_module, "slope_config", None)) or SLoPeConfig()
         if stage == "fit" and trainer.global_step == 0:
@@ -128,11 +136,17 @@ class SLoPeCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fix the schedule, check that the optimizers hold the weights, say what will happen."""
         config = self._config
+        for layer in self._layers.values():
+            layer.note_sharding()
+        check_ranks(self._layers)
         total = planned_steps(trainer, config)
         if self.woke_at_step is None and any(layer.adapters_awake for layer in self._layers.values()):
             self.woke_at_step = trainer.global_step  # woken before this callback came to the model
         self.start_step = adapter_start_step(config, total) if self.woke_at_step is None else self.woke_at_step
-        check_optimizers(trainer, self._layers)
+        if self._zero is None:
+            check_optimizers(trainer, self._layers)
+        else:
+            self._zero.follow(awake=self.woke_at_step is not None)
         report = sparsity_report(pl_module)
         self._log(trainer, forward_density=report.forward_density, backward_density=report.backward_density)
         self._plan_lines = [
@@ -218,6 +232,8 @@ class SLoPeCallback(pl.Callback):
         woke = sum(layer.wake_adapters() for layer in self._layers.values())
         self.woke_at_step = step
         rebuild_ddp(trainer.strategy)
+        if self._zero is not None:
+            self._zero.woke()
         self._log(trainer, adapters_awake=1.0)
         self._log_adapter_norms(trainer)
         pl_module.print(f"SLoPe: step {step}: adapters of {woke} layers are awake.")
@@ -306,8 +322,8 @@ class SLoPeCallback(pl.Callback):
 
     def _log_adapter_norms(self, trainer: pl.Trainer) -> None:
         def norm(tensors: list[nn.Parameter | None]) -> float:
-            norms = [t.detach().float().norm() for t in tensors if t is not None]
-            return torch.stack(norms).norm().item()
+            with gathered([t for t in tensors if t is not None]) as whole:
+                return torch.stack([t.float().norm() for t in whole]).norm().item()
 
         self._norms_logged_at = trainer.global_step
         layers = self._layers.values()

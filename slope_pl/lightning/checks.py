@@ -1,13 +1,15 @@
 """What must hold before sparse training goes on: strategy, optimizers, and the checkpoint that is read."""
 
+import hashlib
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from slope_pl.config import SLoPeConfig
-from slope_pl.errors import CheckpointError, ScheduleError
+from slope_pl.errors import CheckpointError, ConversionError, ScheduleError
 from slope_pl.nn import SparseLinear
 
 CHECKPOINT_KEY = "slope_pl"
@@ -31,11 +33,14 @@ def check_format(mark: dict[str, Any]) -> None:
 
 def check_strategy(strategy: Any) -> None:
     """Raise unless the strategy is one that sparse training has been shown to be right under."""
-    # DeepSpeedStrategy is a DDPStrategy by inheritance, but shards.
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
         raise ScheduleError(
-            f"{type(strategy).__name__} is not supported: sparse training runs on a single device or under DDP. Use "
-            "strategy='auto', 'ddp', 'slope' or 'slope_ddp'."
+            f"{type(strategy).__name__} is not supported: sparse training runs on a single device, under DDP, DeepSpeed and "
+            "FSDP2. Use strategy='auto', 'ddp', 'slope', 'slope_ddp', 'slope_deepspeed_stage_2' or 'slope_fsdp2'."
+        )
+    if isinstance(strategy, ModelParallelStrategy) and strategy._tensor_parallel_size not in ("auto", 1):
+        raise ScheduleError(
+            f"tensor_parallel_size={strategy._tensor_parallel_size}: sparse weights know data parallelism alone; set 1"
         )
 
 
@@ -81,6 +86,34 @@ def check_optimizers(trainer: pl.Trainer, layers: dict[str, SparseLinear]) -> No
                     "the converted model: do not filter by requires_grad (sleeping adapters are frozen until they wake), "
                     "and make the optimizer in configure_optimizers."
                 )
+
+
+def check_ranks(layers: dict[str, SparseLinear]) -> None:
+    """Raise unless all ranks have the same masks and phase: what is sharded or averaged would mean other entries on each.
+
+    Raises:
+        ConversionError: naming the first rank that differs from rank 0 and its first layer that does.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    own = {name: _digest(layer) for name, layer in layers.items()}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    for rank, theirs in enumerate(everyone):
+        if theirs == everyone[0]:
+            continue
+        differing = [name for name in {**everyone[0], **theirs} if everyone[0].get(name) != theirs.get(name)]
+        raise ConversionError(
+            f"rank {rank} has other masks than rank 0, in {len(differing)} layers ({differing[0]}, ...): all ranks have to "
+            "convert the same weights. Load the same weights or set the same seed on every rank before the conversion."
+        )
+
+
+def _digest(layer: SparseLinear) -> str:
+    digest = hashlib.sha256()
+    for buffer in (layer.indices, layer.backward_indices, layer.adapter_active):
+        digest.update(buffer.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def strip_classes(checkpoint: dict[str, Any], hparams_key: str) -> None:

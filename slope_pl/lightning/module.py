@@ -9,6 +9,7 @@ from slope_pl.config import SLoPeConfig, as_config
 from slope_pl.errors import CheckpointError
 from slope_pl.lightning.callback import SLoPeCallback
 from slope_pl.lightning.checks import CHECKPOINT_KEY, check_format, strip_classes
+from slope_pl.lightning.sharding import shard
 from slope_pl.nn import sparse_layers, sparsify, was_densified
 
 
@@ -19,7 +20,9 @@ class SLoPeLightningModule(pl.LightningModule):
     :class:`SLoPeCallback` is added to the Trainer unless there is one. With ``slope=None`` the module stays dense: the
     dense sibling of a sparse recipe is the same class.
 
-    A subclass that builds its net in ``configure_model`` builds it first and then calls ``super().configure_model()``.
+    A subclass that builds its net in ``configure_model`` builds it first and then calls ``super().configure_model()``. Under a
+    ``ModelParallelStrategy`` (``slope_fsdp2``) the net is sharded there too, dense or sparse, block by block, unless the
+    subclass has done so.
 
     Args:
         *args: passed on, for use as a mixin.
@@ -36,6 +39,8 @@ class SLoPeLightningModule(pl.LightningModule):
         super().configure_model()
         if self.slope_config is not None and not was_densified(self):
             sparsify(self, self.slope_config)
+        if self.device_mesh is not None:  # ModelParallelStrategy: FSDP2 shards here, after the conversion
+            shard(self, self.device_mesh["data_parallel"])
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """A :class:`SLoPeCallback` for this module's config, unless the Trainer has one."""
@@ -55,9 +60,9 @@ class SLoPeLightningModule(pl.LightningModule):
         """Refuse a checkpoint of another model, or of the other kind, dense or sparse, before any of it is read."""
         super().on_load_checkpoint(checkpoint)
         saved, own = checkpoint.get("state_dict", {}), self.state_dict()
-        if saved.keys().isdisjoint(own.keys()):
+        if saved and saved.keys().isdisjoint(own.keys()):  # a sharded checkpoint has its tensors in files of their own
             raise CheckpointError(
-                f"the checkpoint is of another model: none of its {len(saved)} tensors ({next(iter(saved), 'none')}, ...) "
+                f"the checkpoint is of another model: none of its {len(saved)} tensors ({next(iter(saved))}, ...) "
                 f"is one of this {type(self).__name__}'s {len(own)} ({next(iter(own), 'none')}, ...)"
             )
         mark = checkpoint.get(CHECKPOINT_KEY)

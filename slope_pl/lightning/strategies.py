@@ -4,7 +4,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    StrategyRegistry,
+)
 
 from slope_pl.config import SLoPeConfig, as_config
 from slope_pl.errors import ConfigError
@@ -88,5 +94,42 @@ class SLoPeDDPStrategy(SLoPeStrategy, DDPStrategy):
             super().configure_ddp()
 
 
-for _name, _strategy in (("slope", SLoPeSingleDeviceStrategy), ("slope_ddp", SLoPeDDPStrategy)):
-    StrategyRegistry.register(_name, _strategy, description=_strategy.__doc__ or "", override=True)
+class SLoPeModelParallelStrategy(SLoPeStrategy, ModelParallelStrategy):
+    """Sparse training with FSDP2, registered as ``slope_fsdp2``: kept values, gradients and optimizer state are sharded.
+
+    Takes a :class:`SLoPeLightningModule`, which shards itself, or a module whose ``configure_model`` calls ``sparsify`` and
+    then ``fully_shard``.
+    """
+
+    def __init__(
+        self, *args: Any, data_parallel_size: int | str = "auto", tensor_parallel_size: int | str = 1, **kwargs: Any
+    ) -> None:
+        super().__init__(
+            *args, data_parallel_size=data_parallel_size, tensor_parallel_size=tensor_parallel_size, **kwargs
+        )
+
+    def setup_environment(self) -> None:
+        """All processes are one data-parallel group; Lightning's own "auto" would be the number of nodes."""
+        if self._data_parallel_size == "auto":
+            self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+
+class SLoPeDeepSpeedStrategy(SLoPeStrategy, DeepSpeedStrategy):
+    """Sparse training with ZeRO, registered as ``slope_deepspeed_stage_1``, ``_2``, ``_3``.
+
+    The module's ``configure_optimizers`` puts adapters (parameters with ``adapter_`` in their name) into groups of their own;
+    what decay these have takes effect when the adapters wake.
+    """
+
+
+def register(name: str, strategy: type[Any], **settings: Any) -> None:
+    """Make a strategy known to ``Trainer(strategy=name)``."""
+    StrategyRegistry.register(name, strategy, description=strategy.__doc__ or "", override=True, **settings)
+
+
+register("slope", SLoPeSingleDeviceStrategy)
+register("slope_ddp", SLoPeDDPStrategy)
+register("slope_fsdp2", SLoPeModelParallelStrategy)
+for _stage in (1, 2, 3):
+    register(f"slope_deepspeed_stage_{_stage}", SLoPeDeepSpeedStrategy, stage=_stage)

@@ -1,8 +1,10 @@
 """The sparse layer and the surgery that puts it into a model."""
 
-from slope_pl.nn.mlp import can_fuse, is_hooked, sparse_mlp
+from slope_pl.nn.hooks import is_hooked
+from slope_pl.nn.mlp import can_fuse, sparse_mlp
 from slope_pl.nn.report import SparsityReport, backend_lines, sparsity_report
 from slope_pl.nn.selection import choose_layers, is_head, is_linear
+from slope_pl.nn.sharding import gathered
 from slope_pl.nn.sparse_linear import SparseLinear, why_ineligible
 from slope_pl.nn.surgery import (
     dense_state_dict,
@@ -23,6 +25,7 @@ __all__ = [
     "choose_layers",
     "dense_state_dict",
     "densify",
+    "gathered",
     "invalidate_operands",
     "is_head",
     "is_hooked",

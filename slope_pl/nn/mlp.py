@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from slope_pl import ops
+from slope_pl.nn.hooks import is_hooked
 from slope_pl.nn.sparse_linear import SparseLinear
 
 
@@ -48,11 +49,3 @@ def can_fuse(up: nn.Module, activation: nn.Module, down: nn.Module) -> bool:
     if not (up.config.fuse_gelu and down.config.fuse_gelu) or up.adapters_awake or down.adapters_awake:
         return False
     return not is_hooked(up, activation, down)
-
-
-def is_hooked(*modules: nn.Module) -> bool:
-    """Whether somebody is to be called before or after one of these modules."""
-    return any(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        for module in modules
-    )

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from slope_pl import ops
 from slope_pl.nn.selection import is_linear
+from slope_pl.nn.sharding import full_bytes, full_numel
 from slope_pl.nn.sparse_linear import SparseLinear
 from slope_pl.nn.surgery import sparse_layers
 
@@ -76,23 +77,23 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
         backward += int(layer.backward_mask().sum())
         entries += layer.out_features * layer.in_features
         dense_bytes += layer.out_features * layer.in_features * layer.values.element_size()
-        kept += layer.values.numel()
+        kept += full_numel(layer.values)
         parts: list[Tensor] = [layer.values, layer.indices, layer.backward_indices, layer.adapter_active]
         for adapter in (layer.adapter_down, layer.adapter_up):
             if adapter is not None:
-                adapters += adapter.numel()
+                adapters += full_numel(adapter)
                 parts.append(adapter)
-        stored += sum(part.nbytes for part in parts)
+        stored += sum(map(full_bytes, parts))
         own.update(id(part) for part in parts)
     others = {id(tensor): tensor for tensor in _persistent(model) if id(tensor) not in own}
-    other_bytes = sum(tensor.nbytes for tensor in others.values())
+    other_bytes = sum(map(full_bytes, others.values()))
     return SparsityReport(
         sparse_layers=len(layers),
         dense_layers=sum(isinstance(module, nn.Linear) or is_linear(module) for module in model.modules()),
         kept_parameters=kept,
         pruned_entries=entries - forward,
         adapter_parameters=adapters,
-        dense_parameters=sum(t.numel() for t in others.values() if isinstance(t, nn.Parameter)),
+        dense_parameters=sum(full_numel(t) for t in others.values() if isinstance(t, nn.Parameter)),
         stored_bytes=stored + other_bytes,
         dense_bytes=dense_bytes + other_bytes,
         forward_density=forward / entries if entries else 1.0,

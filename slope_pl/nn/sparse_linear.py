@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from slope_pl import ops
 from slope_pl.config import SLoPeConfig
 from slope_pl.errors import CheckpointError, ConversionError
+from slope_pl.nn.hooks import carry_hooks
+from slope_pl.nn.sharding import gathered, is_sharded
 from slope_pl.sparsity import (
     backward_mask,
     check_indices,
@@ -88,7 +90,7 @@ class SparseLinear(nn.Module):
         layer._adopt(weight if isinstance(linear, nn.Linear) else weight.t(), bias, config or SLoPeConfig(), seed)
         layer._made_from = type(linear)
         layer.training = linear.training
-        _carry_hooks(linear, layer)
+        carry_hooks(linear, layer)
         return layer
 
     def to_dense(self) -> nn.Module:
@@ -106,7 +108,7 @@ class SparseLinear(nn.Module):
             dense.weight = nn.Parameter(weight, requires_grad=self.values.requires_grad)
         dense.bias = self.bias
         dense.train(self.training)
-        _carry_hooks(self, dense)
+        carry_hooks(self, dense)
         return dense
 
     @property
@@ -165,7 +167,7 @@ class SparseLinear(nn.Module):
         # Added in place, by the epilogue of the second low-rank product: the sum costs no pass of its own over y.
         y = ops.sparse_linear(rows, *weight, backend, self._operands)
         y = y.addmm_(rows @ down.t(), up.t(), alpha=1 / self.adapter_rank)
-        return y.view(*x.shape[:-1], self.out_features)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def _ready(self, x: Tensor) -> tuple[Tensor, ops.Weight, str]:
         """The input in the dtype of the product, what it is multiplied by, and the backend that does it."""
@@ -213,7 +215,7 @@ class SparseLinear(nn.Module):
         if self.values.device.type != "meta" and self._operands.belong_to(self.values, self.indices):
             return  # it has not moved: a CUDA graph may hold the addresses of values and operands
         self._operands.adopt(self.values, self.indices)
-        if self.values.device.type == "meta":
+        if self.values.device.type == "meta" or self.note_sharding():
             return
         dtype = self.values.dtype
         name = ops.resolve_backend(
@@ -229,6 +231,14 @@ class SparseLinear(nn.Module):
             self._operands.adopt(self.values, self.indices)
             self._operands.give_forward(dtype, name, operand)
 
+    def note_sharding(self) -> bool:
+        """Whether the values are spread over ranks; then operands are made for each forward, from what it gathered.
+
+        To be asked once the model is sharded and outside a forward, where the values are whole.
+        """
+        self._operands.transient = is_sharded(self.values)
+        return self._operands.transient
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseLinear":
         """As in ``nn.Module`` (``.to()``, ``.cuda()``, ``.half()``); operands follow the values."""
         result = super()._apply(fn, recurse)
@@ -237,9 +247,7 @@ class SparseLinear(nn.Module):
 
     @torch.no_grad()
     def refresh_operands(self, dtype: torch.dtype | None = None, backward: bool = True) -> None:
-        """Make the operands of products in ``dtype`` now, whether they are out of date or not.
-
-        Nobody has to: every forward sees to it. For measuring, and for allocating them before a CUDA graph is recorded.
+        """Make the operands of products in ``dtype`` now: for measuring, and before a CUDA graph is recorded. No need else.
 
         Args:
             dtype: of the input after autocast; the values' own by default.
@@ -277,7 +285,8 @@ class SparseLinear(nn.Module):
             self.out_features,
             self.in_features,
         )
-        chosen, churn = ops.choose_columns(self.values, self.indices, self.backward_indices, backend)
+        with gathered((self.values,)) as (values,):
+            chosen, churn = ops.choose_columns(values, self.indices, self.backward_indices, backend)
         self.backward_indices.copy_(chosen)
         self._operands.refresh_all(self.values, self.indices, self.backward_indices, self.bias)
         return churn
@@ -305,14 +314,19 @@ class SparseLinear(nn.Module):
     # ------------------------------------------------------------------------------------------------ views
 
     def dense_weight(self) -> Tensor:
-        """W as a dense ``(d_out, d_in)`` matrix with zeros in place, detached; adapters are not part of it."""
-        return decompress(self.values.detach(), self.indices)
+        """W as a dense ``(d_out, d_in)`` matrix with zeros in place, detached; adapters are not part of it.
+
+        Of a sharded layer it is gathered: all ranks have to ask for it.
+        """
+        with gathered((self.values,)) as (values,):
+            return decompress(values, self.indices)
 
     def adapter_product(self) -> Tensor | None:
         """What awake adapters add to W, ``up down / r`` ``(d_out, d_in)``, detached; None while they sleep."""
         if not self._awake or self.adapter_down is None or self.adapter_up is None:
             return None
-        return (self.adapter_up.detach() @ self.adapter_down.detach()) / self.adapter_rank
+        with gathered((self.adapter_up, self.adapter_down)) as (up, down):
+            return (up @ down) / self.adapter_rank
 
     @property
     def weight(self) -> Tensor:
@@ -385,15 +399,3 @@ def why_ineligible(weight: Tensor) -> str | None:
     if d_out % 8 or d_in % 8:
         return f"{d_out}x{d_in}: both sides must be multiples of 8"
     return None
-
-
-_HOOKS = (
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs"),
-    *("_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook"),
-)
-
-
-def _carry_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Give a replacement the forward and backward hooks of the layer it replaces; their handles stay valid."""
-    for name in _HOOKS:
-        setattr(new, name, getattr(old, name))

@@ -42,7 +42,6 @@ def sparsify(model: nn.Module, config: SLoPeConfig | None = None) -> dict[str, S
             wrapped or sharded already, or it is sparse already by another configuration.
     """
     config = config or SLoPeConfig()
-    _refuse_wrapped(model)
     existing = sparse_layers(model)
     for name, layer in existing.items():
         if layer.config != config:
@@ -52,6 +51,7 @@ def sparsify(model: nn.Module, config: SLoPeConfig | None = None) -> dict[str, S
             )
     if existing:
         return existing
+    _refuse_wrapped(model)
     choices = choose_layers(model, config)
     if not choices:
         raise ConversionError(f"{type(model).__name__} has no linear layer to make sparse")

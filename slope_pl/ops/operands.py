@@ -114,10 +114,13 @@ class Operands:
 
     Attributes:
         adopted: whether they belong to a weight yet; those of a copied or unpickled layer do not.
+        transient: make them for each forward and keep none: of a weight that is gathered for its products alone, kept
+            ones would be the whole weight again.
     """
 
     def __init__(self) -> None:
         self.adopted = False
+        self.transient = False
         self._pairs: dict[tuple[torch.dtype, str], Pair] = {}
         self._sources: tuple[Tensor, ...] = ()
 
@@ -205,6 +208,8 @@ class Operands:
 
     def refresh_all(self, values: Tensor, indices: Tensor, backward_indices: Tensor, bias: Tensor | None) -> None:
         """Bring every pair that exists up to date, in place: after a re-setup, for CUDA graphs that hold the buffers."""
+        if self.transient:
+            return
         for dtype, backend in list(self._pairs):
             needs_backward = self._pairs[dtype, backend].backward is not None
             self.refresh(values, indices, backward_indices, bias, dtype, backend, needs_backward)
@@ -220,6 +225,13 @@ class Operands:
         needs_backward: bool,
     ) -> Pair:
         """Make the operands, current or not; arguments as in :meth:`current`."""
+        if self.transient:
+            self._pairs.clear()
+            fresh = Pair(dtype, backend)
+            with torch.inference_mode(False), torch.no_grad():
+                everything = Change(pattern=True, columns=True, needs_backward=needs_backward)
+                get_backend(backend).refresh(fresh, values.detach(), indices, backward_indices, bias, everything)
+            return fresh
         if not self.belong_to(values, indices):
             kept = {key: pair for key, pair in self._pairs.items() if not pair.forward_is_values}
             self.adopt(values, indices)

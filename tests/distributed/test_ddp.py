@@ -1,15 +1,10 @@
 """Two processes (gloo, CPU): ranks that see different data, and begin with different weights, stay one model."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from slope_pl import SLoPeCallback
+from tests.distributed.processes import report_of_two
 from tests.distributed.worker import OPTIONS, OTHERS, RESUME_AT
 from tests.lightning.toy import CONFIG, QUIET, Toy, assert_same, make_trainer
 
@@ -21,27 +16,7 @@ TIMEOUT_S = 240
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What both ranks report of every scenario; one start of the processes serves all tests."""
-    folder = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    logs = [folder / f"rank{rank}.log" for rank in (0, 1)]
-    processes = []
-    for rank in (0, 1):
-        with logs[rank].open("w") as log:
-            command = [sys.executable, "-m", "tests.distributed.worker", str(folder)]
-            environment = common | {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}
-            root = Path(__file__).parents[2]
-            processes.append(subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(TIMEOUT_S) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
+    return report_of_two("tests.distributed.worker", tmp_path_factory.mktemp("ddp"), TIMEOUT_S)
 
 
 def of(ranks, name):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy
 
 from slope_pl import (
     ConfigError,
@@ -14,7 +14,9 @@ from slope_pl import (
     SLoPeCallback,
     SLoPeConfig,
     SLoPeDDPStrategy,
+    SLoPeDeepSpeedStrategy,
     SLoPeLightningModule,
+    SLoPeModelParallelStrategy,
     SLoPeSingleDeviceStrategy,
     sparse_layers,
 )
@@ -146,16 +148,12 @@ def test_callback_without_config_takes_the_strategys(tmp_path):
     assert callback.config == CONFIG
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        FSDPStrategy,
-        DeepSpeedStrategy,
-    ],
-)
-def test_strategies_that_shard_are_refused_by_name(kind):
-    with pytest.raises(ScheduleError, match=f"{kind.__name__}.*slope_ddp"):
-        check_strategy(kind.__new__(kind))
+def test_strategies_that_are_not_known_to_be_right_are_refused_by_name():
+    with pytest.raises(ScheduleError, match=r"FSDPStrategy.*slope_fsdp2"):  # FSDP1
+        check_strategy(FSDPStrategy.__new__(FSDPStrategy))
+    with pytest.raises(ScheduleError, match="tensor_parallel_size=2"):
+        check_strategy(SLoPeModelParallelStrategy(tensor_parallel_size=2))
+    check_strategy(SLoPeDeepSpeedStrategy.__new__(SLoPeDeepSpeedStrategy))
 
 
 def test_refusal_comes_from_fit(tmp_path):

@@ -1,0 +1,126 @@
+"""DeepSpeed: what ZeRO asks of adapters that sleep.
+
+ZeRO flattens each group of an optimizer when training begins. A parameter that is frozen then is never trained, a group
+cannot be added later, and a member without a gradient takes part with zeros: weight decay would move it, and Adam would
+count its steps. So sleeping adapters are trainable from the start, in groups of their own that do not decay, and Adam
+begins to count when they wake.
+"""
+
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import nn
+from torch.optim import Optimizer
+
+from slope_pl.errors import ScheduleError
+from slope_pl.nn import SparseLinear, sparse_layers
+
+
+class ZeroAdapters:
+    """Sees to the adapters of a model under a ``DeepSpeedStrategy``, Lightning's or ours.
+
+    The module's ``configure_optimizers`` puts adapters (parameters with ``adapter_`` in their name) into groups of their own;
+    what decay these have takes effect when the adapters wake.
+
+    Args:
+        strategy: its setup of the engine is extended, on the instance.
+    """
+
+    def __init__(self, strategy: DeepSpeedStrategy) -> None:
+        self._strategy = strategy
+        self._decays: dict[int, float] = {}
+        original = type(strategy)._setup_model_and_optimizer
+
+        def setup(model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None) -> Any:
+            if optimizer is not None:
+                self._decays = sleeping_groups(sparse_layers(model), optimizer)
+            return original(strategy, model, optimizer, lr_scheduler)
+
+        strategy._setup_model_and_optimizer = setup  # type: ignore[method-assign]
+
+    def follow(self, awake: bool) -> None:
+        """Give the adapters' groups the decay of their phase: at the start of training, which a checkpoint may have moved."""
+        for index, decay in self._decays.items():
+            self._strategy.optimizers[0].param_groups[index]["weight_decay"] = decay if awake else 0.0
+
+    def woke(self) -> None:
+        """Let the groups decay, and Adam count their steps from here."""
+        self.follow(awake=True)
+        for index in self._decays:
+            restart_steps(self._strategy.optimizers[0], index)
+
+
+def sleeping_groups(layers: dict[str, SparseLinear], optimizer: Optimizer) -> dict[int, float]:
+    """Make sleeping adapters members that ZeRO leaves alone.
+
+    Args:
+        layers: qualified name -> layer.
+        optimizer: as ``configure_optimizers`` made it.
+
+    Returns:
+        index of each such group -> its decay once they wake.
+
+    Raises:
+        ScheduleError: if adapters share a group with other parameters, or weights are missing from the optimizer.
+    """
+    adapters = {
+        id(parameter): f"{name}.{label}"
+        for name, layer in layers.items()
+        for label, parameter in layer.named_parameters(recurse=False)
+        if label.startswith("adapter_")
+    }
+    asleep = {
+        id(parameter)
+        for layer in layers.values()
+        if not layer.adapters_awake and layer.values.requires_grad
+        for parameter in (layer.adapter_down, layer.adapter_up)
+        if parameter is not None
+    }
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, layer in layers.items():
+        for label, parameter in layer.named_parameters(recurse=False):
+            if id(parameter) not in held and (parameter.requires_grad or id(parameter) in asleep):
+                raise ScheduleError(
+                    f"{name}.{label} is in no optimizer and would never be trained. Give the optimizer all parameters of the "
+                    "converted model, sleeping adapters included, in configure_optimizers."
+                )
+    groups = {}
+    for index, group in enumerate(optimizer.param_groups):
+        inside = [adapters[id(p)] for p in group["params"] if id(p) in adapters]
+        if not inside:
+            continue
+        if len(inside) < len(group["params"]):
+            raise ScheduleError(
+                f"{inside[0]} shares group {index} of the optimizer with parameters that are no adapters. Under DeepSpeed "
+                "adapters need a group of their own: put parameters with 'adapter_' in their name into one, in "
+                "configure_optimizers."
+            )
+        if any(id(parameter) in asleep for parameter in group["params"]):
+            groups[index] = float(group.get("weight_decay", 0.0))
+        for parameter in group["params"]:
+            if id(parameter) in asleep:
+                parameter.requires_grad_(True)  # unused until they wake, and not frozen: ZeRO would forget them
+    return groups
+
+
+def restart_steps(optimizer: Any, group: int) -> int:
+    """Let Adam's bias correction of a group begin anew.
+
+    Args:
+        optimizer: a ZeRO optimizer over a ``torch.optim`` one.
+        group: index among its groups.
+
+    Returns:
+        how many states were reset; 0 where the group has had no step yet, or the optimizer counts none.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    parameters = inner.param_groups[group]["params"]
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3
+        flat = optimizer.fp32_partitioned_groups_flat
+        parameters = [p for i, p in enumerate(flat) if optimizer.sub_group_to_group_id[i] == group]
+    states = [inner.state[p] for p in parameters if "step" in inner.state.get(p, {})]
+    for state in states:
+        step = state["step"]
+        state["step"] = torch.zeros_like(step) if isinstance(step, torch.Tensor) else 0
+    return len(states)

@@ -1,0 +1,52 @@
+"""FSDP2: which modules of a net become units of sharding."""
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+# Methods of a net that are called in place of forward: FSDP2 gathers the weights for those it knows.
+_OTHER_FORWARDS = ("hidden_states", "generate")
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was applied to the module or to a part of it."""
+    return any(isinstance(part, FSDPModule) for part in module.modules())
+
+
+def shard(module: nn.Module, mesh: DeviceMesh) -> list[str]:
+    """Apply ``fully_shard`` to every block of a LightningModule's nets, and to the nets.
+
+    A block is an entry of an outermost ``nn.ModuleList``: a transformer's layers. What is not in a block is gathered with the
+    net. A module that is sharded already is left as it is.
+
+    Args:
+        module: whose children are the nets; converted already, as sparse layers cannot be made of sharded ones.
+        mesh: the data-parallel dimension, ``device_mesh["data_parallel"]`` in ``configure_model``.
+
+    Returns:
+        the qualified names of the units.
+    """
+    if is_fully_sharded(module):
+        return []
+    units = []
+    for name, net in module.named_children():
+        if not any(True for _ in net.parameters()):
+            continue
+        for path, block in _blocks(net, name):
+            fully_shard(block, mesh=mesh)
+            units.append(path)
+        if not isinstance(net, nn.ModuleList):
+            fully_shard(net, mesh=mesh)
+            units.append(name)
+            for method in _OTHER_FORWARDS:
+                if hasattr(net, method):
+                    register_fsdp_forward_method(net, method)
+    return units
+
+
+def _blocks(net: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+    if isinstance(net, nn.ModuleList):
+        return [
+            (f"{name}.{key}", block) for key, block in net.named_children() if any(True for _ in block.parameters())
+        ]
+    return [found for key, child in net.named_children() for found in _blocks(child, f"{name}.{key}")]

@@ -1,0 +1,39 @@
+"""Weights that are spread over ranks: telling them, and having them whole for a moment."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a parameter lies in parts on several ranks: FSDP2's are DTensors, ZeRO-3's carry ``ds_id``."""
+    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
+
+
+def full_numel(tensor: Tensor) -> int:
+    """Entries of the whole parameter, whatever part of it this rank has."""
+    return int(getattr(tensor, "ds_numel", tensor.numel()))
+
+
+def full_bytes(tensor: Tensor) -> int:
+    """Bytes of the whole parameter."""
+    return full_numel(tensor) * tensor.element_size()
+
+
+@contextmanager
+def gathered(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The whole of each parameter, detached, for reading; every rank has to come here.
+
+    A parameter that is not sharded is itself. Nothing that is written into a gathered one is kept.
+    """
+    zero: list[Any] = [p for p in parameters if hasattr(p, "ds_id")]
+    if not zero:
+        yield [p.full_tensor().detach() if isinstance(p, DTensor) else p.detach() for p in parameters]
+        return
+    # Whoever has such parameters has imported it.
+    with sys.modules["deepspeed"].zero.GatheredParameters(zero, modifier_rank=None):
+        yield [p.detach() for p in parameters]

@@ -1,0 +1,94 @@
+"""Two processes (gloo, CPU) under FSDP2 and DeepSpeed's ZeRO: the numbers of DDP, exact resume, and clear refusals."""
+
+import pytest
+import torch
+
+from tests.distributed.processes import report_of_two
+from tests.distributed.sharded_worker import RESUME_AT
+from tests.lightning.toy import QUIET, assert_same
+
+pytestmark = [pytest.mark.distributed, *QUIET]
+SHARDING = ("fsdp2", "fsdp2_full", "zero1", "zero2", "zero3")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return report_of_two("tests.distributed.sharded_worker", tmp_path_factory.mktemp("sharded"), 600)
+
+
+def of(ranks, name):
+    both = [report[name] for report in ranks]
+    for report in both:
+        assert not isinstance(report, str), report
+    return both
+
+
+@pytest.mark.parametrize("name", SHARDING)
+def test_the_numbers_are_those_of_ddp(ranks, name):
+    for ddp, sharded in zip(of(ranks, "ddp"), of(ranks, name), strict=True):
+        whole = sharded["whole"]
+        assert whole["losses"][:12] == pytest.approx(ddp["losses"][:12], rel=1e-4)  # until the wake
+        assert whole["losses"] == pytest.approx(ddp["losses"], rel=2e-3)
+        assert whole["callback"] == ddp["callback"]
+        torch.testing.assert_close(whole["model"], ddp["model"], rtol=2e-2, atol=2e-3)
+        for key, tensor in ddp["model"].items():
+            if key.endswith(".indices"):
+                assert torch.equal(whole["model"][key], tensor)
+
+
+@pytest.mark.parametrize("name", SHARDING)
+def test_both_ranks_have_one_model(ranks, name):
+    zero, one = of(ranks, name)
+    assert_same(zero["whole"]["model"], one["whole"]["model"])
+    assert zero["whole"]["losses"] != one["whole"]["losses"], "the ranks must see different data"
+
+
+@pytest.mark.parametrize("step", RESUME_AT)
+@pytest.mark.parametrize("name", SHARDING)
+def test_resume_is_bit_identical(ranks, name, step):
+    for runs in of(ranks, name):
+        whole, resumed = runs["whole"], runs[step]
+        assert resumed["losses"] == whole["losses"][step:]
+        assert_same(resumed["model"], whole["model"])
+        assert resumed["callback"] == whole["callback"]
+
+
+def test_fsdp2_equals_ddp_bit_for_bit(ranks):
+    for ddp, sharded, accumulated, ddp_accumulated in zip(
+        *(of(ranks, name) for name in ("ddp", "fsdp2", "fsdp2_accumulate", "ddp_accumulate")), strict=True
+    ):
+        assert sharded["whole"]["losses"] == ddp["losses"]
+        assert_same(sharded["whole"]["model"], ddp["model"])
+        assert accumulated["losses"] == pytest.approx(ddp_accumulated["losses"], rel=1e-5)
+
+
+def test_each_rank_holds_half_and_keeps_no_operands(ranks):
+    for ddp, fsdp2, zero3 in zip(*(of(ranks, name) for name in ("ddp", "fsdp2", "zero3")), strict=True):
+        assert fsdp2["whole"]["own"] == pytest.approx(ddp["own"] / 2, rel=0.1)
+        assert zero3["whole"]["own"] == 0
+        assert fsdp2["whole"]["kept"] == zero3["whole"]["kept"] == [0, 0, 0]
+        assert ddp["kept"] == [1, 1, 1]
+
+
+def test_a_module_that_shards_itself_and_lightnings_own_strategies(ranks):
+    for ours, own in zip(of(ranks, "fsdp2"), of(ranks, "fsdp2_own"), strict=True):
+        assert own["losses"] == ours["whole"]["losses"]
+    for ours, plain in zip(of(ranks, "zero2"), of(ranks, "zero_plain"), strict=True):
+        assert plain["losses"] == ours["whole"]["losses"]
+
+
+@pytest.mark.parametrize("name", SHARDING)
+def test_sleeping_adapters_do_not_move(ranks, name):
+    """Members of the optimizer from the start, in a group that decays later."""
+    for report in of(ranks, name):
+        downs = report["whole"]["downs"]
+        assert torch.equal(downs[0], downs[11])
+        assert not torch.equal(downs[0], downs[13])
+
+
+def test_refusals(ranks):
+    for report in ranks:
+        assert "ScheduleError" in report["mixed_groups"]
+        assert "group of their own" in report["mixed_groups"]
+        assert "is in no optimizer" in report["forgotten"]
+        assert "ConversionError: rank 1 has other masks than rank 0, in 3 layers" in report["other_masks"]
