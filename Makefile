@@ -10,11 +10,11 @@ RUNS   ?= runs
 TEST   ?= OMP_NUM_THREADS=1 $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv extension info bert-large bench test test-fast test-dist test-gpu memcheck lint format sample clean
+.PHONY: help venv extension info bert-large bert-pretrain glue gpt2 gpt2-compare bench test test-fast test-dist test-gpu memcheck lint format sample clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
-	@echo "  variables: DATA= WEIGHTS= RUNS= ARGS= (bert-large), ARGS= (tests), VENV= PYTHON= TORCH= EXTRAS="
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@echo "  variables: DATA= WEIGHTS= RUNS= ARGS= (bert-large, glue), DATA= TOKENIZER= RUNS= ARGS= (gpt2; bert-pretrain, also START=), ARGS= (tests), VENV= PYTHON= TORCH= EXTRAS="
 
 venv: $(VENV)/.ready ## make the environment (.venv) with all extras
 
@@ -46,6 +46,20 @@ info: $(ready) ## versions, GPU, which backend multiplies and why
 
 bert-large: $(ready) ## train BERT-Large 2:4 sparse on SQuAD, or on the bundled sample without a GPU
 	$(PY) -m recipes.bert_large.launch $(if $(DATA),--data $(DATA)) $(if $(WEIGHTS),--weights $(WEIGHTS)) --runs $(RUNS) -- $(ARGS)
+
+TEXT = $(if $(DATA),--data $(DATA)) $(if $(TOKENIZER),--tokenizer $(TOKENIZER))
+
+glue: $(ready) ## fine-tune BERT-Large on all tasks of GLUE, dense and 2:4 sparse; short runs of a small one without a GPU
+	$(PY) -m recipes.bert_large.glue_all $(if $(DATA),--data $(DATA)) $(if $(WEIGHTS),--weights $(WEIGHTS)) --runs $(RUNS)/glue $(ARGS)
+
+bert-pretrain: $(ready) ## pretrain BERT-Large 2:4 sparse in two phases on a text, or a tiny one on the bundled stories
+	$(PY) -m recipes.bert_large.pretrain_launch $(TEXT) $(if $(START),--start_from $(START)) --runs $(RUNS) -- $(ARGS)
+
+gpt2: $(ready) ## pretrain GPT-2 small 2:4 sparse on a text, or a tiny one on the bundled stories without a GPU
+	$(PY) -m recipes.gpt2.launch $(TEXT) --runs $(RUNS) -- $(ARGS)
+
+gpt2-compare: $(ready) ## train GPT-2 by every method at several rates, resume what was begun, report
+	$(PY) -m recipes.gpt2.compare run --csv $(RUNS)/gpt2-compare/results.csv $(TEXT) --runs $(RUNS)/gpt2-compare $(ARGS)
 
 test: $(ready) ## run all tests that need no GPU
 	$(TEST) -m "not gpu" $(ARGS)

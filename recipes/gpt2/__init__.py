@@ -1,0 +1,1 @@
+"""GPT-2 pretraining, dense and sparse."""

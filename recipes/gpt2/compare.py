@@ -1,0 +1,299 @@
+"""Train GPT-2 by several methods, at several rates, with several seeds, and keep every result in one CSV file.
+
+    python -m recipes.gpt2.compare run --csv my.csv --rates 6e-4 1.2e-3 1.8e-3
+    python -m recipes.gpt2.compare run --csv my.csv --best-rates --seeds 0 1 2
+    python -m recipes.gpt2.compare report --csv my.csv
+
+A run that is in the file already is not made again, so that an interrupted comparison goes on where it stopped; what was
+interrupted within a run is made again from its beginning. With the same seed all methods see the same tokens in the same
+order and begin with the same weights. Options that are not the runner's own go to every run (--model.size medium).
+"""
+
+import argparse
+import contextlib
+import gc
+import itertools
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recipes.gpt2.launch import data_arguments, environment
+from recipes.gpt2.ledger import Curve, Result, append, append_curve, read, run_name
+from recipes.gpt2.meter import CURVE
+from recipes.gpt2.report import best_rates, draw, report
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+
+
+@dataclass(frozen=True)
+class Family:
+    """Runs that can be compared with each other.
+
+    Attributes:
+        methods: name -> config of this folder, and arguments to it.
+        rates: peak learning rates tried by default.
+    """
+
+    methods: dict[str, str]
+    rates: tuple[float, ...]
+
+
+def _ranks(name: str, config: str, option: str, ranks: Sequence[int] = (0, 4, 16)) -> dict[str, str]:
+    return {f"{name} r={rank}": f"{config} --model.{option}.adapter_rank {rank}" for rank in ranks}
+
+
+FAMILIES = {
+    "novels": Family(
+        {
+            "dense": "novels_dense.yaml",
+            **_ranks("slope", "novels_slope.yaml", "slope"),
+            **_ranks("random", "novels_slope.yaml --model.slope.mask random", "slope"),
+            **_ranks("transposable", "novels_transposable.yaml", "slope"),
+            **_ranks("srste", "novels_srste.yaml", "srste"),
+            "fst": "novels_fst.yaml",
+        },
+        rates=(6e-4, 1.2e-3, 1.8e-3),
+    ),
+    "tiny": Family(
+        {
+            "dense": "tiny_dense.yaml",
+            "slope r=4": "tiny.yaml",
+            "transposable r=4": "tiny_transposable.yaml",
+            "srste r=0": "tiny_srste.yaml",
+            "fst": "tiny_fst.yaml",
+        },
+        rates=(1e-3, 2e-3, 4e-3),
+    ),
+}
+# What is compared if nothing is said: the methods of the issue; on a laptop, those that take a minute.
+DEFAULT = {
+    "novels": ("dense", "slope r=0", "slope r=16", "transposable r=0", "transposable r=16", "srste r=0", "fst"),
+    "tiny": ("dense", "slope r=4", "transposable r=4"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a subcommand; exit status 1 if a run failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.gpt2.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    runner = commands.add_parser("run", help="make the runs that are missing, then report", allow_abbrev=False)
+    reporter = commands.add_parser("report", help="table and loss curves of what is in the file", allow_abbrev=False)
+    for command in (runner, reporter):
+        command.add_argument("--csv", type=Path, required=True, help="results; curves go into a second file beside it")
+    add = runner.add_argument
+    add("--family", choices=[*FAMILIES], help="default: novels with a GPU and a text, else tiny")
+    add("--methods", nargs="+", metavar="METHOD", help="default: those of the issue; 'all'; " + _known())
+    add("--add", action="append", default=[], metavar="'NAME: CONFIG.yaml ARGUMENTS'", help="a method of your own")
+    add("--rates", nargs="+", type=float, help="peak learning rates")
+    add("--seeds", nargs="+", type=int, default=[0], help="of weights and order of the data")
+    add("--best-rates", action="store_true", help="only each method's best rate so far in the file")
+    add("--data", help="a text: file or folder; default: the novels of SLOPE_DATA_DIR")
+    add("--tokenizer", help="default: GPT-2's, of SLOPE_DATA_DIR or from the hub")
+    add("--runs", type=Path, default=Path("runs/gpt2-compare"), help="logs")
+    add("--budget-minutes", type=float, help="begin no run that would not end by then, going by the longest so far")
+    add("--in-process", action="store_true", help="all runs in this process: saves the start of Python and torch")
+    add("--curve-every", type=int, default=5, help="steps whose mean is one point in the file of the curves")
+    add("--checkpoints", action="store_true", help="keep the last checkpoint of every run, below --runs")
+    options, overrides = parser.parse_known_args(arguments)
+    if options.command == "report":
+        if overrides:
+            parser.error(f"unknown arguments of report: {' '.join(overrides)}")
+        status = 0
+    else:
+        status = run_all(options, overrides)
+    print(report(read(options.csv)))
+    print(draw(options.csv))
+    return status
+
+
+def _known() -> str:
+    return "; ".join(f"{name}: {', '.join(family.methods)}" for name, family in FAMILIES.items())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run that is wanted."""
+
+    family: str
+    method: str
+    settings: str
+    """Config and arguments, those for all runs included; with rate and seed, what makes it the same run."""
+    rate: float
+    seed: int
+
+    @property
+    def key(self) -> tuple[str, float, int]:
+        """What makes it the same run."""
+        return self.settings, self.rate, self.seed
+
+
+def run_all(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Make the runs that are missing, one after the other; the number of failed ones, at most 1."""
+    began = time.perf_counter()
+    location = data_arguments(options.data, options.tokenizer)
+    name = options.family or ("novels" if location and torch.cuda.is_available() else "tiny")
+    wanted = plans(name, options, overrides)
+    done = {(r.settings, r.rate, r.seed) for r in read(options.csv)}
+    missing = [plan for plan in wanted if plan.key not in done]
+    print(f"{name}: {len(wanted)} runs, {len(wanted) - len(missing)} of them done.", flush=True)
+    if name == "tiny" and options.data is None:
+        location = []  # the bundled stories
+    longest, failed = 0.0, []
+    for i, plan in enumerate(missing):
+        elapsed = time.perf_counter() - began
+        if options.budget_minutes is not None and (elapsed + longest) / 60 > options.budget_minutes:
+            print(f"Budget: {elapsed / 60:.1f} min are used, a run takes {longest / 60:.1f}; {len(missing) - i} left.")
+            break
+        label = f"{plan.method}, rate {plan.rate:g}, seed {plan.seed}"
+        try:
+            result, curve = train(plan, location, options)
+        except RunError as error:
+            failed.append(label)
+            print(f"{label} FAILED: {error}", flush=True)
+            continue
+        append_curve(options.csv, curve)  # first: a run counts as done once its row is there
+        append(options.csv, result)
+        longest = max(longest, time.perf_counter() - began - elapsed)
+        print(
+            f"{label}: loss {result.val_loss:.4f}, {result.tokens_per_second:,.0f} tokens/s, {result.seconds:.0f} s",
+            flush=True,
+        )
+    if failed:
+        print(f"{len(failed)} runs failed: {'; '.join(failed)}. The same command makes them again.")
+    return min(len(failed), 1)
+
+
+def plans(name: str, options: argparse.Namespace, overrides: Sequence[str]) -> list[Plan]:
+    """The runs asked for; rates and seeds outermost, so that a cut comparison has all methods."""
+    known = dict(FAMILIES[name].methods)
+    own = dict(_own_method(text) for text in options.add)
+    if clash := sorted(own.keys() & known.keys()):
+        raise SystemExit(f"--add: {', '.join(clash)} is one of the methods already; choose another name")
+    known |= own
+    methods = options.methods or ([*own] or [*DEFAULT[name]])
+    methods = [*known] if methods == ["all"] else methods
+    if unknown := [method for method in methods if method not in known]:
+        raise SystemExit(f"--methods: {', '.join(map(repr, unknown))} unknown; {name} has {', '.join(known)}")
+    settings = {method: " ".join([known[method], shlex.join(overrides)]).strip() for method in methods}
+    rates = options.rates or list(FAMILIES[name].rates)
+    if wrong := [rate for rate in rates if not 0 < rate < 1]:
+        raise SystemExit(f"--rates: {wrong[0]:g} is no learning rate; numbers above 0 and below 1 are expected")
+    if not options.best_rates:
+        grid: Iterator[Any] = itertools.product(options.seeds, rates, methods)
+        return [Plan(name, method, settings[method], rate, seed) for seed, rate, method in grid]
+    best = best_rates(read(options.csv))
+    if absent := [method for method in methods if settings[method] not in best]:
+        raise SystemExit(f"--best-rates: {options.csv} has no run of {', '.join(absent)} to choose a rate from")
+    return [
+        Plan(name, method, settings[method], best[settings[method]], seed)
+        for seed, method in itertools.product(options.seeds, methods)
+    ]
+
+
+def _own_method(text: str) -> tuple[str, str]:
+    name, colon, settings = text.partition(":")
+    config = shlex.split(settings)[:1]
+    if not colon or not name.strip() or not config or not (HERE / config[0]).is_file():
+        raise SystemExit(f"--add {text!r}: 'NAME: CONFIG.yaml ARGUMENTS' is expected, with a config of {HERE.name}/")
+    return name.strip(), settings.strip()
+
+
+class RunError(RuntimeError):
+    """A run failed; the message has the end of its log."""
+
+
+def command_line(plan: Plan, location: Sequence[str], folder: Path, checkpoints: bool) -> list[str]:
+    """Arguments of recipes.gpt2.pretrain for one run."""
+    config, *arguments = shlex.split(plan.settings)
+    callbacks = ["recipes.gpt2.meter.Meter", "recipes.gpt2.results.ResultTable"]
+    return [
+        *("fit", "--config", str(HERE / config), *location),
+        *("--trainer.callbacks", f"[{', '.join(callbacks)}]"),
+        *("--trainer.enable_checkpointing", str(checkpoints).lower(), "--trainer.enable_progress_bar", "false"),
+        *("--trainer.logger.init_args.save_dir", str(folder)),
+        *arguments,
+        *("--model.learning_rate", repr(plan.rate), "--seed_everything", str(plan.seed), "--data.seed", str(plan.seed)),
+    ]
+
+
+def train(plan: Plan, location: Sequence[str], options: argparse.Namespace) -> tuple[Result, Curve]:
+    """Make one run and read what it left."""
+    words = "".join(c if c.isalnum() or c in "=." else "-" for c in f"{plan.method}-{plan.rate:g}-{plan.seed}")
+    folder = options.runs.absolute() / f"{words}-{run_name(*plan.key)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    before, log = set(folder.glob("**/result-fit.json")), folder / "log.txt"
+    arguments = command_line(plan, location, folder, options.checkpoints)
+    with log.open("w") as stream:
+        status = _here(arguments, stream) if options.in_process else _elsewhere(arguments, stream)
+    written = set(folder.glob("**/result-fit.json")) - before
+    if status or not written:
+        end = "\n".join(log.read_text().splitlines()[-15:])
+        raise RunError(f"status {status}; the end of {log}:\n{end}")
+    (file,) = written
+    found = json.loads(file.read_text())
+    if found["val_step"] != found["steps"]:
+        raise RunError(f"{file}: the last validation was at step {found['val_step']} of {found['steps']}")
+    result = Result.of(
+        found, family=plan.family, method=plan.method, settings=plan.settings, rate=plan.rate, seed=plan.seed
+    )
+    return result, Curve.of(file.with_name(CURVE), result, options.curve_every)
+
+
+def _elsewhere(arguments: list[str], stream: Any) -> int:
+    command = [sys.executable, "-m", "recipes.gpt2.pretrain", *arguments]
+    print(shlex.join(command), file=stream, flush=True)
+    return subprocess.run(command, cwd=ROOT, env=environment(), stdout=stream, stderr=subprocess.STDOUT).returncode
+
+
+def _here(arguments: list[str], stream: Any) -> int:
+    from recipes.gpt2.pretrain import main as pretrain
+
+    with _everything_into(stream):
+        try:
+            with contextlib.chdir(ROOT):
+                pretrain(arguments)
+            return 0
+        except (Exception, SystemExit):
+            traceback.print_exc()
+            return 1
+        finally:
+            # The next run begins with an empty device, and compiles anew: graphs hold on to the last run's model.
+            torch.compiler.reset()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _everything_into(stream: Any) -> Iterator[None]:
+    """Python's streams, and the process's own: Lightning's log handlers keep the ones that they were made with."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    try:
+        for number in (1, 2):
+            os.dup2(stream.fileno(), number)
+        with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+            yield
+    finally:
+        stream.flush()
+        for number, copy in zip((1, 2), saved, strict=True):
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Scores of trained models. :mod:`slope_pl.evaluation.harness` needs lm_eval, which the extra ``eval`` installs."""

@@ -1,0 +1,226 @@
+"""The comparison runner: what it runs, that it resumes, what it says of failures, and its report."""
+
+import csv
+import dataclasses
+import math
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipes.gpt2 import compare, report
+from recipes.gpt2.ledger import Curve, Result, append, append_curve, curves_file, read, read_curves
+from recipes.gpt2.module import GPT2Pretraining
+from recipes.gpt2.pretrain import main as pretrain
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    *(
+        "--model.gpt2.n_embd",
+        "32",
+        "--model.gpt2.n_layer",
+        "2",
+        "--model.gpt2.n_positions",
+        "32",
+        "--data.context",
+        "32",
+    ),
+    *("--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--trainer.limit_val_batches", "1"),
+    *("--trainer.accelerator", "cpu", "--model.sample_tokens", "0", "--model.warmup", "1"),
+]
+
+
+@pytest.fixture
+def arguments(tmp_path, monkeypatch):
+    monkeypatch.delenv("SLOPE_DATA_DIR", raising=False)
+    monkeypatch.setenv("SLOPE_COMMIT", "abc1234")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    place = ["run", "--csv", str(tmp_path / "my.csv"), "--runs", str(tmp_path / "runs"), "--family", "tiny"]
+    return [*place, "--in-process", "--methods", "dense", "slope r=4", "--rates", "1e-3", "2e-3", *SMALL]
+
+
+def row(**changes) -> Result:
+    base = Result(
+        **{"run": "", "family": "novels", "method": "dense", "settings": "novels_dense.yaml", "rate": 1e-3, "seed": 0},
+        **{"val_loss": 4.0, "steps": 10, "tokens": 1000, "tokens_per_second": 100.0, "seconds": 10.0},
+        **{"peak_bytes": 2**30, "resetups": 0, "switched_at_step": -1, "gpu": "G", "driver": "d", "torch": "2"},
+        **{"cuda": "13", "cusparselt": "none", "slope_pl": "0", "commit": "c"},
+    )
+    found = dataclasses.replace(base, **changes)
+    return dataclasses.replace(found, run=f"{found.settings} {found.rate} {found.seed}")
+
+
+def test_runs_resume_and_report(arguments, tmp_path, capfd):
+    assert compare.main([*arguments, "--budget-minutes", "0.0001"]) == 0  # a first run is always begun
+    said = capfd.readouterr().out
+    assert "4 runs, 0 of them done" in said
+    assert "Budget:" in said
+    assert "3 left" in said
+    (first,) = read(tmp_path / "my.csv")
+    assert (first.method, first.rate, first.seed, first.steps, first.tokens) == ("dense", 1e-3, 0, 4, 4 * 16 * 32)
+    assert first.commit == "abc1234"
+    assert first.torch == torch.__version__
+    assert 6 < first.val_loss < 7
+
+    assert compare.main(arguments) == 0
+    said = capfd.readouterr().out
+    assert "4 runs, 1 of them done" in said
+    results = read(tmp_path / "my.csv")
+    assert results[0] == first
+    order = [("dense", 1e-3), ("slope r=4", 1e-3), ("dense", 2e-3), ("slope r=4", 2e-3)]
+    assert [(r.method, r.rate) for r in results] == order
+    assert said.count("| dense |") == 1
+    assert "Seed set to" not in said  # Lightning's words go to the log
+    (log,) = (tmp_path / "runs").glob("dense-0.001-0-*/log.txt")
+    assert "Trainable params" in log.read_text()
+    assert "<svg" in (tmp_path / "my-curves.svg").read_text()
+
+    lines = (tmp_path / "my.csv").read_bytes()
+    assert compare.main(arguments) == 0
+    assert "4 runs, 4 of them done" in capfd.readouterr().out
+    assert (tmp_path / "my.csv").read_bytes() == lines
+
+
+def test_methods_see_the_same_tokens_in_the_same_order(arguments, monkeypatch):
+    """And begin with the same weights: what differs with one seed is the method."""
+    seen: dict[str, list] = {}
+
+    original = GPT2Pretraining.training_step
+
+    def watch(module, batch, batch_idx):
+        first = [module.net.wte.weight.detach().clone()]
+        seen.setdefault(module.method, first).append(batch["input_ids"])
+        return original(module, batch, batch_idx)
+
+    monkeypatch.setattr(GPT2Pretraining, "training_step", watch)
+    more = ["--methods", "all", "--rates", "1e-3", "--seeds", "7"]
+    assert compare.main([*arguments[:8], *more, *SMALL]) == 0
+    assert seen.keys() == {"dense", "2:4 sparse", "Extended SR-STE", "FST"}
+    for method, tensors in seen.items():
+        for mine, others in zip(tensors, seen["dense"], strict=False):
+            assert torch.equal(mine, others), method
+
+
+def test_a_process_a_run(arguments, tmp_path, capfd):
+    arguments.remove("--in-process")
+    assert compare.main([*arguments, "--methods", "slope r=4", "--rates", "1e-3"]) == 0
+    (result,) = read(tmp_path / "my.csv")
+    assert result.switched_at_step == 3
+    assert "| slope r=4 | 0.001* | 1 |" in capfd.readouterr().out
+
+
+def test_a_run_that_fails_is_named_and_made_again(arguments, tmp_path, capfd):
+    broken = [*arguments, "--add", "wrong: tiny.yaml --model.slope.adapter_rank -1", "--methods", "wrong", "dense"]
+    assert compare.main([*broken, "--rates", "1e-3"]) == 1
+    said = capfd.readouterr().out
+    assert "wrong, rate 0.001, seed 0 FAILED" in said
+    assert "adapter_rank=-1" in said
+    assert [r.method for r in read(tmp_path / "my.csv")] == ["dense"]  # the others went on
+    assert compare.main([*broken, "--rates", "1e-3"]) == 1
+    assert "2 runs, 1 of them done" in capfd.readouterr().out
+
+
+def test_best_rates_are_taken_from_the_file(arguments, tmp_path):
+    options = ["--best-rates", "--seeds", "0", "1"]
+    settings = {
+        name: f"tiny{'_dense' if name == 'dense' else ''}.yaml {shlex.join(SMALL)}" for name in ("dense", "slope r=4")
+    }
+    for name, rate, loss in (
+        ("dense", 1e-3, 3.0),
+        ("dense", 2e-3, 2.0),
+        ("slope r=4", 4e-3, math.nan),
+        ("slope r=4", 1e-3, 3),
+    ):
+        append(tmp_path / "my.csv", row(method=name, settings=settings[name], rate=rate, val_loss=loss, family="tiny"))
+    parsed = parse(arguments, options)
+    found = [(plan.method, plan.rate, plan.seed) for plan in compare.plans("tiny", *parsed)]
+    assert found == [("dense", 2e-3, 0), ("slope r=4", 1e-3, 0), ("dense", 2e-3, 1), ("slope r=4", 1e-3, 1)]
+    with pytest.raises(SystemExit, match="has no run of fst to choose a rate from"):
+        compare.plans("tiny", *parse(arguments, [*options, "--methods", "fst"]))
+
+
+def parse(arguments, more):
+    """The options as the runner hands them to `plans`, with what is for every run."""
+    caught = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "run_all", lambda options, overrides: caught.append((options, overrides)) or 0)
+        compare.main([*arguments, *more])
+    return caught[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--methods", "banana"], "'banana' unknown; tiny has dense, slope r=4"),
+        (["--rates", "0.001", "7"], "7 is no learning rate"),
+        (["--add", "mine tiny.yaml"], "'NAME: CONFIG.yaml ARGUMENTS' is expected"),
+        (["--add", "mine: nothing.yaml"], "'NAME: CONFIG.yaml ARGUMENTS' is expected"),
+        (["--add", "dense: tiny.yaml"], "dense is one of the methods already"),
+    ],
+)
+def test_wrong_options_are_named(arguments, more, message):
+    with pytest.raises(SystemExit, match=message):
+        compare.main([*arguments, *more])
+
+
+def test_another_csv_is_refused(arguments, tmp_path):
+    (tmp_path / "my.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(SystemExit, match="its columns are a, b"):
+        compare.main(arguments)
+
+
+@pytest.mark.parametrize("family", [*compare.FAMILIES])
+def test_every_method_is_a_command_that_parses(family, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for method, settings in compare.FAMILIES[family].methods.items():
+        plan = compare.Plan(family, method, settings, 1.5e-3, 3)
+        line = compare.command_line(plan, ["--data.source", "FOLDER"], Path("runs"), checkpoints=False)
+        with pytest.raises(SystemExit) as stop:
+            pretrain([*line, "--print_config"])
+        assert stop.value.code == 0, method
+        assert "learning_rate: 0.0015" in capsys.readouterr().out
+    assert set(compare.DEFAULT[family]) <= compare.FAMILIES[family].methods.keys()
+
+
+def test_report_has_the_best_rate_and_the_spread(tmp_path):
+    rows = [row(rate=rate, val_loss=loss) for rate, loss in ((1e-3, 4.2), (2e-3, 4.0), (4e-3, math.nan))]
+    rows += [row(rate=2e-3, seed=seed, val_loss=loss) for seed, loss in ((1, 4.1), (2, 3.9))]
+    rows.append(row(method="slope r=0", settings="novels_slope.yaml", val_loss=4.5, tokens_per_second=123456.0))
+    rows.append(row(settings="novels_dense.yaml --model.size medium", val_loss=3.5))
+    rows.append(row(method="fst", settings="novels_fst.yaml", val_loss=math.nan))
+    for result in rows:
+        append(tmp_path / "my.csv", result)
+    assert [r for r in read(tmp_path / "my.csv") if r.val_loss == r.val_loss] == [
+        r for r in rows if r.val_loss == r.val_loss
+    ]
+    lines = report.report(read(tmp_path / "my.csv")).splitlines()
+    assert lines[2] == (
+        "| dense | 0.002 | 3 | 4.0000 ± 0.1000 | 54.60 | 100 | 10 | 1.00 | 0.001: 4.2000, 0.002: 4.0000, 0.004: inf |"
+    )
+    assert lines[3] == "| slope r=0 | 0.001* | 1 | 4.5000 | 90.02 | 123,456 | 10 | 1.00 | 0.001: 4.5000 |"
+    assert lines[4].startswith("| dense (`--model.size medium`) | 0.001* | 1 | 3.5000 |")
+    assert lines[5] == "| fst | 0.001* | 1 | inf | inf | 100 | 10 | 1.00 | 0.001: inf |"
+    assert "a better one may lie beyond" in lines[-1]
+    assert report.report([]) == "No results yet."
+
+
+def test_a_curve_that_was_begun_twice_is_the_second(tmp_path):
+    """A run is cut between its curve and its row: it is made again, and its curve is written again."""
+    result, file = row(), tmp_path / "my.csv"
+    append_curve(file, Curve(result.run, [(1, 10, 5.0, math.nan), (2, 20, 4.0, math.nan)]))
+    append_curve(file, Curve(result.run, [(1, 10, 5.5, math.nan), (2, 20, 4.5, math.nan), (2, 20, math.nan, 4.6)]))
+    append(file, result)
+    points = read_curves(file)[result.run].points
+    assert [(step, loss) for step, _, loss, _ in points if loss == loss] == [(1, 5.5), (2, 4.5)]
+    with curves_file(file).open() as stream:
+        assert csv.DictReader(stream).fieldnames == ["run", "step", "tokens", "train_loss", "val_loss"]
+    assert "my-curves.svg" in report.draw(file)
+
+
+def test_without_matplotlib_the_report_says_so(tmp_path, monkeypatch):
+    append_curve(tmp_path / "my.csv", Curve(row().run, [(1, 10, 5.0, math.nan)]))
+    append(tmp_path / "my.csv", row())
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "matplotlib is not installed" in report.draw(tmp_path / "my.csv")

@@ -1,0 +1,76 @@
+"""What the GPT-2 README tells a user to do works."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from recipes.gpt2 import compare
+from recipes.gpt2.pretrain import main
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "recipes/gpt2/README.md").read_text(encoding="utf-8")
+LINES = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+
+
+def commands(start: str) -> list[str]:
+    return [line for line in LINES if line.startswith(start)]
+
+
+def test_every_line_is_of_a_kind_that_is_tested():
+    kinds = ["make gpt2", "python -m recipes.gpt2.pretrain ", "python -m recipes.gpt2.compare "]
+    others = [line for line in LINES if not any(line.startswith(kind) for kind in kinds)]
+    assert [line for line in others if not line.startswith("python -m recipes.gpt2.zeroshot ")] == []
+
+
+@pytest.mark.parametrize("line", commands("python -m recipes.gpt2.pretrain fit"))
+def test_fit_command_parses(line, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        main([*shlex.split(line)[3:], "--print_config"])
+    assert stop.value.code == 0
+    assert "learning_rate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "generate", "export"])
+def test_the_other_subcommands_are_there(subcommand, capsys):
+    (line,) = commands(f"python -m recipes.gpt2.pretrain {subcommand}")
+    with pytest.raises(SystemExit) as stop:
+        main([subcommand, "--help"])
+    assert stop.value.code == 0
+    known = capsys.readouterr().out
+    for option in re.findall(r"--\w+", line):
+        assert option in known
+
+
+@pytest.mark.parametrize("line", commands("python -m recipes.gpt2.compare run"))
+def test_compare_command_plans_its_runs(line, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "run_all", lambda options, overrides: seen.append((options, overrides)) or 0)
+    monkeypatch.setattr(compare, "best_rates", lambda results: dict.fromkeys(map(str, compare_settings()), 1e-3))
+    assert compare.main(shlex.split(line)[3:]) == 0
+    plans = compare.plans("novels", *seen[0])
+    assert plans
+    for plan in plans:
+        arguments = compare.command_line(plan, ["--data.source", "FOLDER"], tmp_path, checkpoints=False)
+        with pytest.raises(SystemExit) as stop:
+            main([*arguments, "--print_config"])
+        assert stop.value.code == 0
+
+
+def compare_settings() -> list[str]:
+    return [*compare.FAMILIES["novels"].methods.values()]
+
+
+def test_report_command_runs(monkeypatch, tmp_path, capsys):
+    (line,) = commands("python -m recipes.gpt2.compare report")
+    monkeypatch.chdir(tmp_path)
+    assert compare.main(shlex.split(line)[3:]) == 0
+    assert "No results yet." in capsys.readouterr().out
+
+
+def test_every_config_is_in_the_table():
+    for path in (ROOT / "recipes/gpt2").glob("*.yaml"):
+        assert f"[`{path.name}`]({path.name})" in README
