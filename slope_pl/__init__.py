@@ -17,6 +17,9 @@ from slope_pl.errors import (
     SLoPeError,
 )
 from slope_pl.lightning import (
+    CheckFadedMasks,
+    Distillation,
+    FadeCallback,
     SLoPeCallback,
     SLoPeDDPStrategy,
     SLoPeDeepSpeedStrategy,
@@ -24,10 +27,12 @@ from slope_pl.lightning import (
     SLoPeModelParallelStrategy,
     SLoPeSingleDeviceStrategy,
     SLoPeStrategy,
+    sparsify_faded,
 )
 from slope_pl.nn import (
     SparseLinear,
     SparsityReport,
+    activation_norms,
     dense_state_dict,
     densify,
     sparse_layers,
@@ -38,9 +43,12 @@ from slope_pl.nn import (
 
 __all__ = [
     "BackendUnavailableError",
+    "CheckFadedMasks",
     "CheckpointError",
     "ConfigError",
     "ConversionError",
+    "Distillation",
+    "FadeCallback",
     "SLoPeCallback",
     "SLoPeConfig",
     "SLoPeDDPStrategy",
@@ -53,10 +61,12 @@ __all__ = [
     "ScheduleError",
     "SparseLinear",
     "SparsityReport",
+    "activation_norms",
     "dense_state_dict",
     "densify",
     "sparse_layers",
     "sparsify",
+    "sparsify_faded",
     "sparsity_report",
     "wake_adapters",
 ]

@@ -21,6 +21,9 @@ class SLoPeConfig:
             the input gradient is exact and the re-setup has nothing to do.
         seed: for random masks and the adapters' initial values; each layer derives its own from it and its name, so that
             all ranks agree and the global random state is left alone.
+        mask_calibration_batches: 0 ranks weights by magnitude alone. N > 0 ranks them by magnitude times the norm of the
+            input feature they are multiplied with (Wanda, arXiv 2306.11695), measured on N batches of training data (of each
+            rank) before the first step: for pretrained weights. See :mod:`slope_pl.lightning.calibration`.
         backward_refresh_steps: optimizer steps between two choices of the double-pruned weight's columns. 100 is the
             paper's; 1 re-chooses at every step; None never does.
         adapter_rank: rank of the low-rank adapters in every sparse layer; 0 for none. The paper uses 4, 16 and 64 for
@@ -46,6 +49,7 @@ class SLoPeConfig:
 
     mask: MaskKind = "magnitude"
     seed: int = 0
+    mask_calibration_batches: int = 0
     backward_refresh_steps: int | None = 100
     adapter_rank: int = 0
     adapter_rank_fraction: float | None = None
@@ -63,6 +67,12 @@ class SLoPeConfig:
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         _one_of("mask", self.mask, MASK_KINDS)
         _one_of("backend", self.backend, BACKEND_NAMES)
+        _integer("mask_calibration_batches", self.mask_calibration_batches, 0, "; 0 chooses masks by magnitude alone")
+        if self.mask == "random" and self.mask_calibration_batches:
+            raise ConfigError(
+                f"mask_calibration_batches={self.mask_calibration_batches} has no effect with mask='random', which looks at no "
+                "weight; set it to 0, or choose mask='magnitude' or 'transposable'"
+            )
         _integer("seed", self.seed, 0)
         if not isinstance(self.fuse_gelu, bool):
             raise ConfigError(f"fuse_gelu={self.fuse_gelu!r}: True or False is expected")

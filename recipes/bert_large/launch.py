@@ -76,7 +76,9 @@ def plan(data: str | None, weights: str | None) -> list[str]:
     if data is not None:
         arguments += ["--data.source", data]
     if weights is not None:
-        arguments += ["--model.weights", weights, "--data.tokenizer", weights]
+        arguments += ["--model.weights", weights]
+        if not weights.endswith(".ckpt"):  # a pretraining checkpoint holds no vocabulary
+            arguments += ["--data.tokenizer", weights]
     return arguments
 
 

@@ -9,7 +9,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from slope_pl import SLoPeConfig, SLoPeLightningModule, dense_state_dict
+from recipes.bert_large.pretrain_checkpoint import (
+    check_masks,
+    load_pretraining_checkpoint,
+    read_pretraining_checkpoint,
+)
+from slope_pl import SLoPeConfig, SLoPeLightningModule, dense_state_dict, sparse_layers
 from slope_pl.data import SquadDataModule, SquadSpans
 from slope_pl.models import (
     BertConfig,
@@ -27,9 +32,9 @@ class BertSquad(SLoPeLightningModule):
     """BERT that finds answers in a context (Devlin et al. 2018, section 4.2).
 
     Args:
-        weights: pretrained weights to start from: a folder with config.json and model.safetensors, or a hub id such as
-            google-bert/bert-large-uncased. Null starts from random weights. A hub id that cannot be reached is a loud
-            warning and random weights; see require_weights.
+        weights: pretrained weights to start from: a folder with config.json and model.safetensors, a hub id such as
+            google-bert/bert-large-uncased, or a .ckpt of recipes.bert_large.pretrain, whose masks are then kept. Null starts
+            from random weights. A hub id that cannot be reached is a loud warning and random weights; see require_weights.
         require_weights: stop instead when the hub cannot be reached.
         bert: the architecture; null takes that of the weights, and without weights BERT-Large (24 layers of 1024).
         slope: how the model is made sparse; null trains it dense.
@@ -84,6 +89,11 @@ class BertSquad(SLoPeLightningModule):
     def _build(self) -> BertForQuestionAnswering:
         # A checkpoint that is about to be restored brings its own weights, and so does load_from_checkpoint.
         fresh = self._trainer is not None and not self.restores_checkpoint
+        if self.weights is not None and self.weights.endswith(".ckpt"):
+            net = BertForQuestionAnswering(self.bert or read_pretraining_checkpoint(self.weights).bert)
+            if fresh:
+                rank_zero_info(load_pretraining_checkpoint(net, self.weights, self.slope_config).summary())
+            return net
         if self.weights is not None:
             try:
                 net = BertForQuestionAnswering(self.bert or load_config(self.weights))
@@ -132,6 +142,12 @@ class BertSquad(SLoPeLightningModule):
         loss = (start + end) / 2
         self.log("train/loss", loss, prog_bar=True)
         return loss
+
+    def on_train_end(self) -> None:
+        """Check that the masks of the pretraining checkpoint are those of the end."""
+        if (self.weights or "").endswith(".ckpt") and self.trainer.is_global_zero and sparse_layers(self):
+            layers = check_masks(self._model(), str(self.weights))
+            print(f"Masks of {layers} layers are still those of {self.weights}.", flush=True)
 
     def on_validation_epoch_start(self) -> None:
         """Start a fresh score over the evaluation windows."""

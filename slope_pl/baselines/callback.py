@@ -59,7 +59,7 @@ class BaselineCallback(pl.Callback, Generic[Config]):
         self._last_refresh_step = 0
         self._layers: dict[str, MaskedLinear] = {}
         self._plan_lines: list[str] = []
-        self._random_states: rng.States | None = None
+        self._random = rng.RandomState()
         self._restore: list[tuple[pl.LightningModule, str, Any]] = []
 
     # ------------------------------------------------------------------------------------------------ for the methods
@@ -109,8 +109,17 @@ class BaselineCallback(pl.Callback, Generic[Config]):
             return
         self._layers = mask_layers(pl_module, self.config)
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Continue the random numbers of a checkpoint, before the data loader draws from them."""
+        self._random.begin(trainer, pl_module.device)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Training goes on with the random numbers that it had before."""
+        self._random.after_validation(pl_module.device)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fix the schedule, check the optimizers, say what will happen."""
+        self._random.start(pl_module.device)
         self.switch_step = self.plan(trainer)
         if self.switched_at_step is None and self.switched():
             self.switched_at_step = trainer.global_step  # before this callback came to the model
@@ -165,13 +174,9 @@ class BaselineCallback(pl.Callback, Generic[Config]):
         """Begin the last phase on the first micro-batch after the optimizer step that reaches the mark."""
         while self._plan_lines:  # said here, and not at the start of training, because no progress bar prints before
             pl_module.print(self._plan_lines.pop(0))
-        if self._random_states is not None:
-            problem = rng.restore(self._random_states, trainer.global_rank, trainer.world_size, pl_module.device)
-            self._random_states = None
-            if problem is not None:
-                pl_module.print(
-                    f"{self.title}: {problem}; random numbers (dropout) differ from the uninterrupted run's."
-                )
+        problem = self._random.before_batch(trainer, pl_module.device, batch_idx)
+        if problem is not None:
+            pl_module.print(f"{self.title}: {problem}; random numbers (dropout) differ from the uninterrupted run's.")
         step = trainer.global_step
         if self.switch_step is not None and self.switched_at_step is None and step >= self.switch_step:
             self.switched_at_step = step
@@ -195,6 +200,7 @@ class BaselineCallback(pl.Callback, Generic[Config]):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Choose the masks anew where that is due."""
+        self._random.after_batch(pl_module.device)
         step, every = trainer.global_step, self.config.mask_refresh_steps
         # Not step % every: with several optimizers global_step moves by more than one, and would jump over the mark.
         if step // every <= self._last_refresh_step // every or not any(x.masked for x in self._layers.values()):
@@ -245,7 +251,8 @@ class BaselineCallback(pl.Callback, Generic[Config]):
         for note in check_checkpoint(mark, self.prefix, self.config, FORMAT_VERSION):
             pl_module.print(f"{self.title}: {note}")
         assert mark is not None, "check_checkpoint refuses a file without the mark"
-        self._random_states = mark["rng"]
+        self._random.load(mark["rng"])
+        self._random.begin(trainer, pl_module.device)  # of strategies that restore after on_fit_start
 
     def state_dict(self) -> dict[str, Any]:
         """Counters of the schedule; masks and phase live in the model's own state.

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from slope_pl.baselines.config import BackwardPruning
 from slope_pl.baselines.product import MaskedProduct, double_pruned_mask
 from slope_pl.errors import CheckpointError, ConversionError
+from slope_pl.nn.eligibility import why_ineligible
 from slope_pl.nn.hooks import carry_hooks
-from slope_pl.nn.sparse_linear import why_ineligible
 from slope_pl.sparsity import MaskKind, make_mask
 
 

@@ -1,6 +1,13 @@
 """Data modules of the recipes."""
 
 from slope_pl.data.bpe import TextTokenizer, load_bpe
+from slope_pl.data.glue import GlueExample, GlueFormatError, read_glue
+from slope_pl.data.glue_datamodule import GlueDataModule
+from slope_pl.data.glue_metrics import GlueScores, glue_scores
+from slope_pl.data.glue_tasks import TASKS, TaskInfo
+from slope_pl.data.mlm_datamodule import MlmDataModule
+from slope_pl.data.mlm_pairs import MlmPairs
+from slope_pl.data.mlm_sentences import load_sentence_tokenizer, split_sentences
 from slope_pl.data.squad import Answer, DataUnavailableError, SquadExample, SquadFormatError, read_squad
 from slope_pl.data.squad_datamodule import SquadDataModule
 from slope_pl.data.squad_decode import NBest, SquadSpans, decode_predictions, score_predictions, write_predictions
@@ -12,10 +19,17 @@ from slope_pl.data.text_sources import HubText, LocalText, TextFormatError
 from slope_pl.data.tokenizer import load_wordpiece
 
 __all__ = [
+    "TASKS",
     "Answer",
     "DataUnavailableError",
+    "GlueDataModule",
+    "GlueExample",
+    "GlueFormatError",
+    "GlueScores",
     "HubText",
     "LocalText",
+    "MlmDataModule",
+    "MlmPairs",
     "NBest",
     "PackedTokens",
     "ShardError",
@@ -25,16 +39,21 @@ __all__ = [
     "SquadFormatError",
     "SquadSpans",
     "SquadWindows",
+    "TaskInfo",
     "TextDataModule",
     "TextFormatError",
     "TextTokenizer",
     "TokenWindows",
     "build_windows",
     "decode_predictions",
+    "glue_scores",
     "load_bpe",
+    "load_sentence_tokenizer",
     "load_wordpiece",
     "prepare_shards",
+    "read_glue",
     "read_squad",
     "score_predictions",
+    "split_sentences",
     "write_predictions",
 ]

@@ -75,6 +75,8 @@ class ResumableDataLoader(DataLoader[Batch]):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Of its own: otherwise each pass draws the workers' seed from the numbers that dropout goes on with.
+        kwargs.setdefault("generator", torch.Generator())
         super().__init__(*args, **kwargs)
         self._epoch = self._batches = 0
         self._resume: dict[str, int] | None = None

@@ -2,7 +2,10 @@
 
 from slope_pl.lightning.callback import SLoPeCallback
 from slope_pl.lightning.checkpoint_io import LocalCheckpointIO
+from slope_pl.lightning.distillation import Distillation, frozen_copy, load_teacher
+from slope_pl.lightning.fade import CheckFadedMasks, FadeCallback, check_faded_masks, faded_masks, sparsify_faded
 from slope_pl.lightning.module import SLoPeLightningModule
+from slope_pl.lightning.resume import last_good_checkpoint
 from slope_pl.lightning.strategies import (
     SLoPeDDPStrategy,
     SLoPeDeepSpeedStrategy,
@@ -12,6 +15,9 @@ from slope_pl.lightning.strategies import (
 )
 
 __all__ = [
+    "CheckFadedMasks",
+    "Distillation",
+    "FadeCallback",
     "LocalCheckpointIO",
     "SLoPeCallback",
     "SLoPeDDPStrategy",
@@ -20,4 +26,10 @@ __all__ = [
     "SLoPeModelParallelStrategy",
     "SLoPeSingleDeviceStrategy",
     "SLoPeStrategy",
+    "check_faded_masks",
+    "faded_masks",
+    "frozen_copy",
+    "last_good_checkpoint",
+    "load_teacher",
+    "sparsify_faded",
 ]

@@ -14,6 +14,7 @@ from slope_pl.config import SLoPeConfig, as_config
 from slope_pl.errors import ConversionError
 from slope_pl.lightning import rng
 from slope_pl.lightning.averaging import refuse_dense_copies, refuse_early_copies, share_masks_with_averages
+from slope_pl.lightning.calibration import calibrate_masks, convert, drop_dense_layers, refuse_provisional_masks
 from slope_pl.lightning.checks import (
     CHECKPOINT_KEY,
     FORMAT_VERSION,
@@ -31,7 +32,6 @@ from slope_pl.nn import (
     backend_lines,
     gathered,
     invalidate_operands,
-    sparsify,
     sparsity_report,
     was_densified,
 )
@@ -44,6 +44,7 @@ class SLoPeCallback(pl.Callback):
     """Makes the model 2:4 sparse before training and drives the method's schedule.
 
     * ``setup``: converts the model in place, before weights are restored and optimizers are made.
+    * ``on_fit_start``: with ``mask_calibration_batches``, chooses the masks anew by activation norms, unless restored.
     * every ``backward_refresh_steps`` optimizer steps: chooses the columns of the double-pruned weights anew.
     * at ``adapter_start``: wakes the adapters, and rebuilds DDP so that their gradients are averaged.
 
@@ -71,7 +72,7 @@ class SLoPeCallback(pl.Callback):
         self._layers: dict[str, SparseLinear] = {}
         self._plan_lines: list[str] = []
         self._norms_logged_at = -1
-        self._random_states: rng.States | None = None
+        self._random = rng.RandomState()
         self._zero: ZeroAdapters | None = None
 
     # ------------------------------------------------------------------------------------------------ before training
@@ -108,7 +109,7 @@ class SLoPeCallback(pl.Callback):
                 trainer.precision_plugin.module_init_context(),
             ):
                 pl_module.configure_model()
-        self._layers = sparsify(pl_module, self.config)
+        self._layers = convert(pl_module, self.config)
         refuse_dense_copies(trainer)
 
     def _convert_in_configure_model(self, pl_module: pl.LightningModule) -> None:
@@ -121,7 +122,7 @@ class SLoPeCallback(pl.Callback):
 
         def configure_model() -> None:
             original(pl_module)
-            self._layers = sparsify(pl_module, config)
+            self._layers = convert(pl_module, config)
 
         pl_module.configure_model = configure_model  # type: ignore[method-assign]
 
@@ -133,9 +134,16 @@ class SLoPeCallback(pl.Callback):
         """Likewise: after an error there is no ``teardown``."""
         pl_module.__dict__.pop("configure_model", None)
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Masks by activation norms, if no checkpoint brought any; its random numbers, before the data loader draws."""
+        calibrate_masks(trainer, pl_module, self._config)
+        self._random.begin(trainer, pl_module.device)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fix the schedule, check that the optimizers hold the weights, say what will happen."""
         config = self._config
+        self._random.start(pl_module.device)
+        refuse_provisional_masks(trainer, pl_module, config)
         for layer in self._layers.values():
             layer.note_sharding()
         check_ranks(self._layers)
@@ -188,8 +196,9 @@ class SLoPeCallback(pl.Callback):
         """Act on the first micro-batch after an optimizer step: after the update, before the next forward."""
         while self._plan_lines:  # said here, and not at the start of training, because no progress bar prints before
             pl_module.print(self._plan_lines.pop(0))
-        if self._random_states is not None:
-            self._restore_random_state(trainer, pl_module)
+        problem = self._random.before_batch(trainer, pl_module.device, batch_idx)
+        if problem is not None:
+            pl_module.print(f"SLoPe: {problem}; random numbers (dropout) differ from the uninterrupted run's.")
         step = trainer.global_step
         if self._due_for_resetup(step):
             self._reset_backward_masks(trainer, pl_module, step)
@@ -197,14 +206,6 @@ class SLoPeCallback(pl.Callback):
             self._wake(trainer, pl_module, step)
         elif self.woke_at_step is not None and self._norms_are_due(trainer, step):
             self._log_adapter_norms(trainer)
-
-    def _restore_random_state(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """As late as this: what comes between restore and first batch (a sanity check) draws numbers too."""
-        assert self._random_states is not None
-        problem = rng.restore(self._random_states, trainer.global_rank, trainer.world_size, pl_module.device)
-        self._random_states = None
-        if problem is not None:
-            pl_module.print(f"SLoPe: {problem}; random numbers (dropout) differ from the uninterrupted run's.")
 
     def _norms_are_due(self, trainer: pl.Trainer, step: int) -> bool:
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -244,6 +245,7 @@ class SLoPeCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After an averaging callback that stands before this one; the hooks below serve one that stands after."""
+        self._random.after_batch(pl_module.device)
         share_masks_with_averages(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -256,6 +258,7 @@ class SLoPeCallback(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """An averaging callback has swapped the weights back, through ``.data``, which no version counter sees."""
+        self._random.after_validation(pl_module.device)
         invalidate_operands()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -291,9 +294,11 @@ class SLoPeCallback(pl.Callback):
         """Compare the run's config with the checkpoint's: the schedule may change, what the masks are may not."""
         mark = checkpoint.get(CHECKPOINT_KEY)
         if mark is not None:
+            drop_dense_layers(pl_module)
             for note in check_config(mark, self._config):
                 pl_module.print(note)
-            self._random_states = mark.get("rng")
+            self._random.load(mark.get("rng"))
+            self._random.begin(trainer, pl_module.device)  # of strategies that restore after on_fit_start
 
     def state_dict(self) -> dict[str, Any]:
         """Counters of the schedule; the adapters' phase lives in the model's own state."""

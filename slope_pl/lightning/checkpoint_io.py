@@ -1,6 +1,7 @@
 """Checkpoints written straight to disk, whole or not at all."""
 
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ class LocalCheckpointIO(TorchCheckpointIO):
             return
         final = Path(path)
         final.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = final.with_name(f".{final.name}.{os.getpid()}.unfinished")
+        host = socket.gethostname()
+        _remove_leftovers(final.parent, host)
+        unfinished = final.with_name(f".{final.name}.{host}.{os.getpid()}.unfinished")
         try:
             with unfinished.open("wb") as stream:
                 torch.save(dict(checkpoint), stream)
@@ -43,3 +46,21 @@ class LocalCheckpointIO(TorchCheckpointIO):
             unfinished.replace(final)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+def _remove_leftovers(folder: Path, host: str) -> None:
+    """Remove what processes of this machine left that were killed while they saved."""
+    for file in folder.glob(f".*.{host}.*.unfinished"):
+        process = file.name.split(".")[-2]
+        if process.isdigit() and not _is_alive(int(process)):
+            file.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -7,10 +7,11 @@ import lightning.pytorch as pl
 
 from slope_pl.config import SLoPeConfig, as_config
 from slope_pl.errors import CheckpointError
+from slope_pl.lightning.calibration import convert
 from slope_pl.lightning.callback import SLoPeCallback
 from slope_pl.lightning.checks import CHECKPOINT_KEY, check_format, strip_classes
 from slope_pl.lightning.sharding import shard
-from slope_pl.nn import sparse_layers, sparsify, was_densified
+from slope_pl.nn import sparse_layers, was_densified
 
 
 class SLoPeLightningModule(pl.LightningModule):
@@ -38,7 +39,7 @@ class SLoPeLightningModule(pl.LightningModule):
         """Make the model sparse; Lightning calls this before every stage, only the first call finds work."""
         super().configure_model()
         if self.slope_config is not None and not was_densified(self):
-            sparsify(self, self.slope_config)
+            convert(self, self.slope_config)
         if self.device_mesh is not None:  # ModelParallelStrategy: FSDP2 shards here, after the conversion
             shard(self, self.device_mesh["data_parallel"])
 

@@ -2,14 +2,67 @@
 
 Lightning saves the position in the data, the optimizer and the schedules, but not the generators; without them a resumed
 run draws other dropout masks and is a different run.
+
+What lies between two training batches draws numbers too: validation, and the iterator of a data loader, whose shuffling at the
+beginning of an epoch depends on them. A checkpoint may be written before or after that. So validation leaves the generators as
+it found them, and a resumed run sets them before its loader is made, and again at its first batch if that is within an epoch.
 """
 
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
-States = list[dict[str, torch.Tensor]]
+State = dict[str, torch.Tensor]
+States = list[State]
+
+
+class RandomState:
+    """The generators of this rank over a fit: continued from a checkpoint, and kept apart from validation."""
+
+    def __init__(self) -> None:
+        self._saved: States | None = None
+        self._after_batch: State | None = None
+        self._at_start: State | None = None
+
+    def load(self, states: States | None) -> None:
+        """What a checkpoint holds; None if it holds nothing."""
+        self._saved = states
+
+    def begin(self, trainer: pl.Trainer, device: torch.device) -> None:
+        """Before the training loop makes its loader's iterator; once restored and, for strategies that restore late, again."""
+        self._after_batch = None
+        if self._saved is not None:
+            restore(self._saved, trainer.global_rank, trainer.world_size, device)
+
+    def start(self, device: torch.device) -> None:
+        """At the start of training, where the first epoch's iterator has been made and no batch of it."""
+        self._at_start = _own(device)
+
+    def before_batch(self, trainer: pl.Trainer, device: torch.device, batch_idx: int) -> str | None:
+        """Before each training batch; returns why the first one's numbers are not those of the uninterrupted run, or None."""
+        if self._saved is None:
+            return None
+        states, self._saved = self._saved, None
+        if batch_idx == 0 and len(states) == trainer.world_size and self._at_start is not None:
+            # The checkpoint is of the end of an epoch, begin() has set its state. If that is where the loader left it, it draws
+            # nothing; what has drawn since is a validation that was due. A loader that shuffles with these generators goes on
+            # from what it drew, which that validation may have moved.
+            own = states[trainer.global_rank]
+            if own.keys() == self._at_start.keys() and all(torch.equal(own[k], self._at_start[k]) for k in own):
+                _set(own, device)
+            return mismatch(own, device)
+        return restore(states, trainer.global_rank, trainer.world_size, device)
+
+    def after_batch(self, device: torch.device) -> None:
+        """At the end of each training batch."""
+        self._after_batch = _own(device)
+
+    def after_validation(self, device: torch.device) -> None:
+        """At the end of a validation within a fit: as if it had not been."""
+        if self._after_batch is not None:
+            _set(self._after_batch, device)
 
 
 def collect(device: torch.device) -> States:
@@ -18,9 +71,7 @@ def collect(device: torch.device) -> States:
     Args:
         device: of this rank's model; a CUDA device's generator is saved as well.
     """
-    own = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        own["cuda"] = torch.cuda.get_rng_state(device)
+    own = _own(device)
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [own]
     states: list[Any] = [None] * dist.get_world_size()
@@ -36,10 +87,27 @@ def restore(states: States, rank: int, world_size: int, device: torch.device) ->
     """
     if len(states) != world_size:
         return f"the checkpoint has the random state of {len(states)} ranks, this run has {world_size}"
-    own = states[rank]
-    if ("cuda" in own) != (device.type == "cuda"):
+    problem = mismatch(states[rank], device)
+    if problem is None:
+        _set(states[rank], device)
+    return problem
+
+
+def mismatch(state: State, device: torch.device) -> str | None:
+    """Why a state cannot be set on a device, or None."""
+    if ("cuda" in state) != (device.type == "cuda"):
         return f"the checkpoint's random state is of another kind of device than {device.type!r}"
-    torch.set_rng_state(own["cpu"].cpu())
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(own["cuda"].cpu(), device)
     return None
+
+
+def _own(device: torch.device) -> State:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set(state: State, device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)

@@ -11,6 +11,8 @@ from slope_pl.models.bert import (
     QuestionAnsweringOutput,
     SequenceClassificationOutput,
 )
+from slope_pl.models.bert_pretraining import PreTrainingLoss, pretraining_loss
+from slope_pl.models.encoders import ENCODER_TYPES, Encoder, EncoderTask, encoder_from_config, load_encoder
 from slope_pl.models.gpt2 import GPT2, GPT2Config, causal_lm_loss
 from slope_pl.models.hf import (
     LoadReport,
@@ -26,6 +28,7 @@ from slope_pl.models.hf import (
 from slope_pl.models.hf_gpt2 import load_gpt2, load_gpt2_config, save_gpt2
 
 __all__ = [
+    "ENCODER_TYPES",
     "GPT2",
     "BertConfig",
     "BertForPreTraining",
@@ -33,8 +36,11 @@ __all__ = [
     "BertForSequenceClassification",
     "BertModel",
     "BertModelOutput",
+    "Encoder",
+    "EncoderTask",
     "GPT2Config",
     "LoadReport",
+    "PreTrainingLoss",
     "PreTrainingOutput",
     "PretrainedFiles",
     "PretrainedFilesError",
@@ -43,11 +49,14 @@ __all__ = [
     "QuestionAnsweringOutput",
     "SequenceClassificationOutput",
     "causal_lm_loss",
+    "encoder_from_config",
     "load_config",
+    "load_encoder",
     "load_gpt2",
     "load_gpt2_config",
     "load_pretrained",
     "locate_pretrained",
+    "pretraining_loss",
     "save_gpt2",
     "save_pretrained",
 ]

@@ -1,11 +1,13 @@
 """The sparse layer and the surgery that puts it into a model."""
 
+from slope_pl.nn.calibration import activation_norms
+from slope_pl.nn.eligibility import why_ineligible
 from slope_pl.nn.hooks import is_hooked
 from slope_pl.nn.mlp import can_fuse, sparse_mlp
 from slope_pl.nn.report import SparsityReport, backend_lines, sparsity_report
 from slope_pl.nn.selection import choose_layers, is_head, is_linear
 from slope_pl.nn.sharding import gathered
-from slope_pl.nn.sparse_linear import SparseLinear, why_ineligible
+from slope_pl.nn.sparse_linear import SparseLinear
 from slope_pl.nn.surgery import (
     dense_state_dict,
     densify,
@@ -20,6 +22,7 @@ from slope_pl.ops import invalidate_operands
 __all__ = [
     "SparseLinear",
     "SparsityReport",
+    "activation_norms",
     "backend_lines",
     "can_fuse",
     "choose_layers",

@@ -19,7 +19,9 @@ from torch import nn
 
 from slope_pl.config import SLoPeConfig
 from slope_pl.errors import ConversionError
-from slope_pl.nn.sparse_linear import SparseLinear, why_ineligible
+from slope_pl.nn.eligibility import why_ineligible
+from slope_pl.nn.sharding import whole_in_place
+from slope_pl.nn.sparse_linear import SparseLinear
 
 HEAD_NAMES = frozenset(
     {
@@ -114,9 +116,11 @@ def _why_dense(
             return "first linear layer after the input"
         if config.keep_heads_dense and is_head(name):
             return "output head"
-    weight = module.get_parameter("weight").detach()
-    weight = weight if isinstance(module, nn.Linear) else weight.t()
-    reason = why_ineligible(weight)
+    parameter = module.get_parameter("weight")
+    with whole_in_place(parameter):
+        weight = parameter.detach()
+        weight = weight if isinstance(module, nn.Linear) else weight.t()
+        reason = why_ineligible(weight)
     if reason is None and not explicit:
         short, long = sorted(weight.shape)
         if long > MAX_SIDE_RATIO * short:

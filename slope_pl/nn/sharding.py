@@ -37,3 +37,19 @@ def gathered(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     # Whoever has such parameters has imported it.
     with sys.modules["deepspeed"].zero.GatheredParameters(zero, modifier_rank=None):
         yield [p.detach() for p in parameters]
+
+
+@contextmanager
+def whole_in_place(parameter: Tensor) -> Iterator[None]:
+    """Let a parameter of ZeRO-3 be whole where it lies, on every rank, for reading; others are as they are."""
+    if not hasattr(parameter, "ds_id"):
+        yield
+        return
+    with sys.modules["deepspeed"].zero.GatheredParameters([parameter], modifier_rank=None):
+        yield
+
+
+def shard_like(parameter: Any, others: Sequence[Tensor]) -> None:
+    """Spread new parameters over ranks as an old one is that they take the place of: under ZeRO-3, and nothing otherwise."""
+    if hasattr(parameter, "convert_to_zero_parameters"):
+        parameter.convert_to_zero_parameters(param_list=list(others))

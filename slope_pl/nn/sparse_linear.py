@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from slope_pl import ops
 from slope_pl.config import SLoPeConfig
 from slope_pl.errors import CheckpointError, ConversionError
+from slope_pl.nn.eligibility import why_ineligible
 from slope_pl.nn.hooks import carry_hooks
-from slope_pl.nn.sharding import gathered, is_sharded
+from slope_pl.nn.sharding import gathered, is_sharded, shard_like
 from slope_pl.sparsity import (
     backward_mask,
     check_indices,
@@ -21,8 +22,6 @@ from slope_pl.sparsity import (
     pack_indices,
     unpack_mask,
 )
-
-STORABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class SparseLinear(nn.Module):
@@ -72,7 +71,9 @@ class SparseLinear(nn.Module):
         self._adopt(dense.weight, dense.bias, config or SLoPeConfig(), seed)
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, config: SLoPeConfig | None = None, seed: int = 0) -> "SparseLinear":
+    def from_linear(
+        cls, linear: nn.Module, config: SLoPeConfig | None = None, seed: int = 0, scale: Tensor | None = None
+    ) -> "SparseLinear":
         """A sparse layer with the kept weights of a dense one.
 
         Args:
@@ -80,6 +81,7 @@ class SparseLinear(nn.Module):
                 layer's, the same Parameter; its weight is left as it is.
             config: mask, adapters, backend.
             seed: for a random mask and the adapters.
+            scale: ``(d_in,)``, norms of the input features that magnitudes are weighed with.
 
         Raises:
             ConversionError: if shape, dtype or device cannot be 2:4 sparse.
@@ -87,7 +89,8 @@ class SparseLinear(nn.Module):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         weight, bias = linear.get_parameter("weight"), cast("nn.Parameter | None", linear.bias)
-        layer._adopt(weight if isinstance(linear, nn.Linear) else weight.t(), bias, config or SLoPeConfig(), seed)
+        oriented = weight if isinstance(linear, nn.Linear) else weight.t()
+        layer._adopt(oriented, bias, config or SLoPeConfig(), seed, scale)
         layer._made_from = type(linear)
         layer.training = linear.training
         carry_hooks(linear, layer)
@@ -117,7 +120,9 @@ class SparseLinear(nn.Module):
         return not issubclass(self._made_from, nn.Linear)
 
     @torch.no_grad()
-    def _adopt(self, weight: Tensor, bias: nn.Parameter | None, config: SLoPeConfig, seed: int) -> None:
+    def _adopt(
+        self, weight: Tensor, bias: nn.Parameter | None, config: SLoPeConfig, seed: int, scale: Tensor | None = None
+    ) -> None:
         reason = why_ineligible(weight)
         if reason is not None:
             raise ConversionError(
@@ -126,7 +131,7 @@ class SparseLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.config = config
         self._made_from: type[nn.Module] = nn.Linear
-        mask = make_mask(config.mask, weight, seed)
+        mask = make_mask(config.mask, weight, seed, scale)
         indices = pack_indices(mask)
         values = compress(weight.detach(), indices)
         self.values = nn.Parameter(values, requires_grad=weight.requires_grad)
@@ -231,13 +236,18 @@ class SparseLinear(nn.Module):
             self._operands.adopt(self.values, self.indices)
             self._operands.give_forward(dtype, name, operand)
 
+    def shard_like(self, weight: Tensor) -> None:
+        """Spread the new parameters over ranks if the dense weight was: where ``deepspeed.zero.Init`` built the model."""
+        adapters = (self.adapter_down, self.adapter_up)
+        shard_like(weight, [self.values, *(adapter for adapter in adapters if adapter is not None)])
+        self.note_sharding()
+
     def note_sharding(self) -> bool:
         """Whether the values are spread over ranks; then operands are made for each forward, from what it gathered.
 
         To be asked once the model is sharded and outside a forward, where the values are whole.
         """
-        self._operands.transient = is_sharded(self.values)
-        return self._operands.transient
+        return self._operands.become_transient(is_sharded(self.values))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseLinear":
         """As in ``nn.Module`` (``.to()``, ``.cuda()``, ``.half()``); operands follow the values."""
@@ -383,19 +393,3 @@ class SparseLinear(nn.Module):
                 if adapter is not None:
                     adapter.requires_grad_(False)
                     adapter.grad = None
-
-
-def why_ineligible(weight: Tensor) -> str | None:
-    """Why a dense weight ``(d_out, d_in)`` cannot be 2:4 sparse, or None if it can."""
-    if weight.dim() != 2:
-        return f"it has {weight.dim()} dimensions, 2 are expected"
-    if weight.numel() == 0:
-        return "it is empty (partitioned by ZeRO-3?): convert before it is sharded"
-    if weight.device.type == "meta":
-        return "it is on the meta device and has no values to choose a mask from: materialise it first"
-    if weight.dtype not in STORABLE_DTYPES:
-        return f"its dtype is none of {', '.join(str(dtype).removeprefix('torch.') for dtype in STORABLE_DTYPES)}"
-    d_out, d_in = weight.shape
-    if d_out % 8 or d_in % 8:
-        return f"{d_out}x{d_in}: both sides must be multiples of 8"
-    return None

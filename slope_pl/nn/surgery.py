@@ -3,6 +3,7 @@
 import logging
 import zlib
 from collections import defaultdict
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from slope_pl.config import SLoPeConfig
 from slope_pl.errors import ConversionError
 from slope_pl.nn.selection import all_names, choose_layers
+from slope_pl.nn.sharding import whole_in_place
 from slope_pl.nn.sparse_linear import SparseLinear
 
 log = logging.getLogger(__name__)
@@ -23,7 +25,13 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
 
 
-def sparsify(model: nn.Module, config: SLoPeConfig | None = None) -> dict[str, SparseLinear]:
+def sparsify(
+    model: nn.Module,
+    config: SLoPeConfig | None = None,
+    *,
+    norms: Mapping[str, Tensor] | None = None,
+    masks_follow: bool = False,
+) -> dict[str, SparseLinear]:
     """Replace the linear layers of a model by 2:4 sparse ones, in place.
 
     Which ones is :mod:`slope_pl.nn.selection`'s rule. Call it before the optimizer is made and before the model is wrapped
@@ -33,13 +41,17 @@ def sparsify(model: nn.Module, config: SLoPeConfig | None = None) -> dict[str, S
     Args:
         model: any module; Parameters of biases and everything else are kept as they are.
         config: defaults to ``SLoPeConfig()``.
+        norms: of the input features, by layer, for masks by magnitude times norm: what
+            :func:`slope_pl.nn.activation_norms` gives. With ``mask_calibration_batches`` they are needed.
+        masks_follow: weights and masks are loaded into the sparse layers afterwards; without norms, masks by magnitude alone
+            hold their place until then.
 
     Returns:
         qualified name -> layer, every sparse layer of the model.
 
     Raises:
         ConversionError: if no layer matches, a pattern matches nothing, an explicit request cannot be met, the model is
-            wrapped or sharded already, or it is sparse already by another configuration.
+            wrapped or sharded already, it is sparse already by another configuration, or norms are missing or unwanted.
     """
     config = config or SLoPeConfig()
     existing = sparse_layers(model)
@@ -62,13 +74,43 @@ def sparsify(model: nn.Module, config: SLoPeConfig | None = None) -> dict[str, S
         raise ConversionError(
             f"none of the {len(choices)} linear layers of {type(model).__name__} can be sparse: {reasons}"
         )
+    _check_norms(norms, config, list(chosen.values()), masks_follow)
     made: dict[int, SparseLinear] = {}
     for name, old in list(all_names(model)):
         if id(old) in chosen:
             if id(old) not in made:
-                made[id(old)] = SparseLinear.from_linear(old, config, layer_seed(config.seed, chosen[id(old)]))
+                first_name = chosen[id(old)]
+                weight = old.get_parameter("weight")
+                # Layer by layer: under ZeRO-3 no more than one dense weight is whole at a time.
+                with whole_in_place(weight):
+                    scale = None if norms is None else norms[first_name].to(weight.device)
+                    made[id(old)] = SparseLinear.from_linear(old, config, layer_seed(config.seed, first_name), scale)
+                made[id(old)].shard_like(weight)
             _replace(model, name, made[id(old)])
     return sparse_layers(model)
+
+
+def _check_norms(norms: Mapping[str, Tensor] | None, config: SLoPeConfig, chosen: list[str], follow: bool) -> None:
+    wanted = config.mask_calibration_batches
+    if norms is None:
+        if wanted and not follow:
+            raise ConversionError(
+                f"mask_calibration_batches={wanted}: masks are chosen by magnitude times activation norm, and no norms are "
+                "given. Pass norms=activation_norms(model, config, batches) (a Trainer's fit does that by itself), or "
+                "masks_follow=True where a checkpoint is loaded next"
+            )
+        return
+    if not wanted:
+        raise ConversionError(
+            "norms are given, but mask_calibration_batches=0 says that masks are chosen by magnitude alone: set it to the "
+            "number of batches that the norms were measured on, so that checkpoints say so too"
+        )
+    for what, names in (("lack", set(chosen) - set(norms)), ("hold", set(norms) - set(chosen))):
+        if names:
+            raise ConversionError(
+                f"the norms {what} {len(names)} layers ({min(names)}, ...) compared with the {len(chosen)} that become sparse: "
+                "measure them on this model with this configuration"
+            )
 
 
 @torch.no_grad()

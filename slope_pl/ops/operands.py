@@ -141,6 +141,13 @@ class Operands:
             return False
         return [source.data_ptr() for source in self._sources] == [values.data_ptr(), indices.data_ptr()]
 
+    def become_transient(self, transient: bool) -> bool:
+        """Keep none from now on, and drop those that are there; or keep them again."""
+        self.transient = transient
+        if transient:
+            self._pairs.clear()
+        return transient
+
     def distrust(self) -> None:
         """Rebuild everything at the next product, in the buffers that are there."""
         for pair in self._pairs.values():

@@ -2,6 +2,10 @@
 
 A mask has the shape of the weight, ``(d_out, d_in)``, and is ``True`` where the weight is *kept*. Groups of four run along
 ``d_in``, the reduction dimension of the forward product, as the sparse tensor cores require.
+
+Of pretrained weights, the magnitude alone is not what a weight contributes: that is its magnitude times the size of what it
+is multiplied with. A ``scale``, the norm of every input feature over some data, weighs magnitudes so (Wanda: Sun, Liu, Bair,
+Kolter, "A Simple and Effective Pruning Approach for Large Language Models", arXiv 2306.11695, section 3).
 """
 
 import itertools
@@ -43,16 +47,17 @@ def keep_two_of_four(key: Tensor) -> Tensor:
     return torch.stack([lost < 2 for lost in losses], dim=-1).flatten(-2)
 
 
-def magnitude_mask(weight: Tensor) -> Tensor:
-    """Keep the two largest of every four by absolute value: the paper's choice.
+def magnitude_mask(weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Keep the two largest of every four by absolute value: the paper's choice; with a scale, Wanda's.
 
     Args:
         weight: ``(d_out, d_in)``, floating, ``d_in`` a multiple of 4.
+        scale: ``(d_in,)``, how much a weight of each input feature counts; see :func:`make_mask`.
 
     Returns:
         bool ``(d_out, d_in)``, exactly two ``True`` in each group of four.
     """
-    return keep_two_of_four(weight.detach().abs())
+    return keep_two_of_four(_importance(weight, scale))
 
 
 def random_mask(shape: tuple[int, int] | torch.Size, seed: int, device: torch.device | str = "cpu") -> Tensor:
@@ -95,7 +100,7 @@ def transposable_patterns() -> Tensor:
     return torch.tensor(tiles, dtype=torch.bool, device="cpu")
 
 
-def transposable_mask(weight: Tensor) -> Tensor:
+def transposable_mask(weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """Keep, in every 4x4 tile, the pattern of largest summed magnitude that is 2:4 along rows *and* columns.
 
     The transpose of such a mask is itself a 2:4 mask: the backward mask equals the forward mask, the input gradient is
@@ -104,6 +109,7 @@ def transposable_mask(weight: Tensor) -> Tensor:
 
     Args:
         weight: ``(d_out, d_in)``, floating, both multiples of 4.
+        scale: ``(d_in,)``, how much a weight of each input feature counts; see :func:`make_mask`.
 
     Returns:
         bool ``(d_out, d_in)``.
@@ -116,32 +122,37 @@ def transposable_mask(weight: Tensor) -> Tensor:
         raise ValueError(f"transposable_mask: shape {rows}x{columns} does not divide into 4x4 tiles")
     patterns = transposable_patterns().to(weight.device)
     scoring = patterns.flatten(1).to(torch.float64).t().contiguous()
-    tiles = weight.detach().unflatten(0, (-1, 4)).unflatten(2, (-1, 4)).transpose(1, 2).reshape(-1, 16)
+    tiles = _importance(weight, scale).unflatten(0, (-1, 4)).unflatten(2, (-1, 4)).transpose(1, 2).reshape(-1, 16)
     best = torch.cat([(_finite_magnitude(part) @ scoring).argmax(1) for part in tiles.split(_TILES_AT_ONCE)])
     chosen = patterns[best].unflatten(0, (rows // 4, columns // 4))
     return chosen.transpose(1, 2).reshape(rows, columns)
 
 
-def make_mask(kind: str, weight: Tensor, seed: int = 0) -> Tensor:
+def make_mask(kind: str, weight: Tensor, seed: int = 0, scale: Tensor | None = None) -> Tensor:
     """Choose the forward mask of a weight.
 
     Args:
         kind: one of :data:`MASK_KINDS`.
         weight: ``(d_out, d_in)``, floating.
         seed: used by ``"random"`` alone.
+        scale: ``(d_in,)``, floating, on the weight's device: the Euclidean norm of every input feature over some data. Weights
+            are then ranked by magnitude times scale (Wanda's score) instead of magnitude. Only its ratios matter.
 
     Returns:
         bool ``(d_out, d_in)``, exactly two ``True`` in each group of four along ``d_in``.
 
     Raises:
-        ValueError: for an unknown kind, or a shape that does not divide into groups.
+        ValueError: for an unknown kind, a shape that does not divide into groups, a scale that has another shape, is not
+            finite, negative or zero everywhere, or one beside ``"random"``, which looks at no weight.
     """
     if kind == "magnitude":
-        return magnitude_mask(weight)
+        return magnitude_mask(weight, scale)
     if kind == "random":
+        if scale is not None:
+            raise ValueError("mask kind 'random' looks at no weight: a scale has no effect; leave it out")
         return random_mask(weight.shape, seed, weight.device)
     if kind == "transposable":
-        return transposable_mask(weight)
+        return transposable_mask(weight, scale)
     raise ValueError(f"mask kind {kind!r} is unknown; choose one of {', '.join(MASK_KINDS)}")
 
 
@@ -149,6 +160,24 @@ def check_groups_of_four(tensor: Tensor, name: str) -> None:
     """Raise ``ValueError`` unless the last dimension divides into groups of four."""
     if tensor.dim() == 0 or tensor.shape[-1] % 4:
         raise ValueError(f"{name}: last dimension of shape {tuple(tensor.shape)} is not a multiple of 4")
+
+
+def _importance(weight: Tensor, scale: Tensor | None) -> Tensor:
+    """What weights are ranked by: magnitudes, or Wanda's ``|W| * scale``, in float32 at least."""
+    magnitude = weight.detach().abs()
+    if scale is None:
+        return magnitude
+    if scale.shape != weight.shape[-1:] or not scale.is_floating_point():
+        raise ValueError(
+            f"scale: {scale.dtype} of shape {tuple(scale.shape)}, expected a floating tensor of shape "
+            f"{tuple(weight.shape[-1:])}, one number an input feature of the weight {tuple(weight.shape)}"
+        )
+    largest = scale.detach().amax()
+    if not bool(torch.isfinite(scale).all() & (scale >= 0).all() & (largest > 0)):
+        raise ValueError("scale: norms of input features are finite, at least 0 and not all 0; these are not")
+    # At most 1, so that no product of large weights and large activations overflows.
+    scale = (scale.detach() / largest).to(torch.promote_types(weight.dtype, torch.float32))
+    return magnitude.to(scale.dtype) * scale
 
 
 def _finite_magnitude(part: Tensor) -> Tensor:

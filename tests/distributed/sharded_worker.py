@@ -38,6 +38,19 @@ class Sparse(SLoPeLightningModule, Toy):
         return grouped(self)
 
 
+class Late(Sparse):
+    """Builds its net in configure_model: under ZeRO-3 within ``deepspeed.zero.Init``, which spreads each layer at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = None
+
+    def configure_model(self):
+        if self.net is None:
+            self.net = Net()
+        super().configure_model()
+
+
 class OwnSharding(Toy):
     """A module that knows nothing of this package but converts and shards itself."""
 
@@ -175,6 +188,7 @@ SCENARIOS = {
     "fsdp2_accumulate": lambda f: train(f, SLoPeModelParallelStrategy(), accumulate_grad_batches=2, max_steps=14),
     "ddp_accumulate": lambda f: train(f, SLoPeDDPStrategy(), accumulate_grad_batches=2, max_steps=14),
     **{f"zero{stage}": lambda f, stage=stage: resumes(f, lambda: CPUZero(stage=stage)) for stage in (1, 2, 3)},
+    "zero3_late": lambda f: train(f, CPUZero(stage=3), Late()),
     "zero_plain": lambda f: train(f, PlainCPUZero(stage=2), Sparse(), SLoPeCallback(CONFIG)),
     "mixed_groups": mixed_groups,
     "forgotten": forgotten,

@@ -77,6 +77,13 @@ def test_a_module_that_shards_itself_and_lightnings_own_strategies(ranks):
         assert plain["losses"] == ours["whole"]["losses"]
 
 
+def test_a_net_that_is_never_whole_is_converted_too(ranks):
+    for ours, late in zip(of(ranks, "zero3"), of(ranks, "zero3_late"), strict=True):
+        assert late["losses"] == ours["whole"]["losses"]
+        assert_same(late["model"], ours["whole"]["model"])
+        assert late["own"] == 0
+
+
 @pytest.mark.parametrize("name", SHARDING)
 def test_sleeping_adapters_do_not_move(ranks, name):
     """Members of the optimizer from the start, in a group that decays later."""

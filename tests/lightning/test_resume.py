@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from slope_pl import CheckpointError, ConversionError, SLoPeCallback, SLoPeConfig, SLoPeLightningModule, sparse_layers
-from tests.lightning.toy import CONFIG, QUIET, Net, Recorder, Toy, assert_same, fit, make_trainer
+from tests.lightning.toy import CONFIG, QUIET, Net, Recorder, Tokens, Toy, assert_same, fit, make_trainer
 
 pytestmark = QUIET
 
@@ -233,3 +233,50 @@ def test_random_state_is_part_of_the_checkpoint(tmp_path):
     resumed = WithDropout()
     make_trainer(tmp_path, SLoPeCallback(CONFIG)).fit(resumed, ckpt_path=tmp_path / "step=13.ckpt")
     assert_same(resumed.state_dict(), whole.state_dict())
+
+
+# ---------------------------------------------------------------------------------------------------- random numbers
+
+
+class Dropping(Toy):
+    """Draws in every forward; ``shuffle`` has it draw the order of its data from the same generator, as a plain loader does."""
+
+    def __init__(self, shuffle: bool = False, seed: int = 0):
+        net = Net(seed)
+        net.blocks[0] = torch.nn.Sequential(net.blocks[0], torch.nn.Dropout(0.3))
+        super().__init__(net)
+        self.shuffle = shuffle
+
+    def train_dataloader(self):
+        if self.shuffle:
+            return torch.utils.data.DataLoader(Tokens(64), batch_size=8, shuffle=True)
+        return super().train_dataloader()
+
+
+def dropping(folder, shuffle, validations, ckpt_path=None, seed=0):
+    torch.manual_seed(seed)
+    module = Dropping(shuffle, seed)
+    saver = ModelCheckpoint(dirpath=folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    savers = [saver] if ckpt_path is None else []
+    trainer = make_trainer(
+        folder, SLoPeCallback(CONFIG), *savers, enable_checkpointing=bool(savers), limit_val_batches=validations
+    )
+    trainer.fit(module, ckpt_path=ckpt_path)
+    return module.losses
+
+
+@pytest.mark.parametrize("validations", [0, 1])
+@pytest.mark.parametrize("step", [7, 8, 9, 16])
+def test_dropout_goes_on_within_and_at_the_end_of_an_epoch(tmp_path, step, validations):
+    whole = dropping(tmp_path, False, validations)
+    resumed = dropping(tmp_path, False, validations, tmp_path / f"step={step}.ckpt", seed=5)
+    assert resumed == whole[step:]
+
+
+def test_a_plain_loader_shuffles_on_from_the_end_of_an_epoch(tmp_path):
+    whole = dropping(tmp_path, True, 0)
+    assert dropping(tmp_path, True, 0, tmp_path / "step=8.ckpt", seed=5) == whole[8:]
+
+
+def test_validation_leaves_no_trace_in_training(tmp_path):
+    assert dropping(tmp_path / "with", True, 1) == dropping(tmp_path / "without", True, 0)

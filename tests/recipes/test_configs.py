@@ -1,4 +1,4 @@
-"""Every SQuAD config is parsed by the command line it is made for, and says what it is; the other recipes have their own tests."""
+"""Every SQuAD config is parsed by the command line it is made for, and says what it is; other recipes test their own."""
 
 import re
 from pathlib import Path

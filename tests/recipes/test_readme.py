@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.bert_large import compare
+from recipes.bert_large import compare, pretrain
 from recipes.bert_large.squad import main
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +63,15 @@ def test_fit_command_parses(line, capsys, monkeypatch):
         main([*shlex.split(line)[3:], "--print_config"])
     assert stop.value.code == 0
     assert "learning_rate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", commands("python -m recipes.bert_large.pretrain fit"))
+def test_pretraining_command_parses(line, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        pretrain.main([*shlex.split(line)[3:], "--print_config"])
+    assert stop.value.code == 0
+    assert "start_from" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("subcommand", ["validate", "predict", "export"])

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from slope_pl import SLoPeConfig, SparseLinear
-from slope_pl.nn.sparse_linear import STORABLE_DTYPES
+from slope_pl.nn.eligibility import STORABLE_DTYPES
 from tests.unit.reference import backward_mask_of, gaussian, mask_of, within_twice_dense
 from tests.unit.sparse_linear_cases import ADAPTERS, D_IN, D_OUT, RANK, assert_current, awake, input_of, make, oracle
 

@@ -1,0 +1,128 @@
+"""Train, evaluate and export BERT-Large on a task of GLUE.
+
+    python -m recipes.bert_large.glue fit --config recipes/bert_large/glue.yaml --data.task cola
+    python -m recipes.bert_large.glue fit --config recipes/bert_large/glue.yaml --data.task rte --model.slope.adapter_rank 16
+    python -m recipes.bert_large.glue fit --config recipes/bert_large/glue_dense.yaml --data.task cola
+    python -m recipes.bert_large.glue validate --config recipes/bert_large/glue.yaml --data.task cola --ckpt_path CHECKPOINT
+    python -m recipes.bert_large.glue export --ckpt_path CHECKPOINT --folder FOLDER
+
+Every config is laid over glue_base.yaml; any value can be overridden on the command line. glue_all.py runs all tasks.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from recipes.bert_large.glue_module import BertGlue
+from recipes.bert_large.squad import SquadCLI
+from slope_pl import CheckpointError
+from slope_pl.data import GlueDataModule, GlueScores
+
+BASE = str(Path(__file__).with_name("glue_base.yaml"))
+EPOCHS, EPOCHS_OF = 3, {"cola": 5}  # published
+
+
+class GlueCLI(SquadCLI):
+    """The SQuAD recipe's command line, over glue_base.yaml and with a task."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The model's head is the task's."""
+        parser.link_arguments("data.task", "model.task")
+
+    def before_instantiate_classes(self) -> None:
+        """The published number of epochs depends on the task, which a config cannot say."""
+        section = self.config[self.subcommand]
+        trainer = section.trainer
+        if self.subcommand == "fit" and trainer.max_epochs is None and trainer.max_steps == -1 and not trainer.max_time:
+            trainer.max_epochs = EPOCHS_OF.get(section.data.task, EPOCHS)
+
+    def _parse_ckpt_path(self) -> None:
+        """Refuse a checkpoint of the other kind, or of another task, before its settings are taken over."""
+        section = self.config.get(self.config.get("subcommand") or "", {})
+        path = section.get("ckpt_path")
+        if path and Path(path).is_file():
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("hyper_parameters", {})
+            _check_kind(saved, dense=section["model"].slope is None, task=section["data"].task)
+        super()._parse_ckpt_path()
+
+    def after_predict(self) -> None:
+        """Write the answers as GLUE's server takes them: index and prediction, a file for each evaluation set."""
+        batches = self.trainer.predict_loop.predictions
+        sets = self.datamodule.dev_rows
+        by_split = [batches] if len(sets) == 1 else batches
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for (split, rows), own in zip(sets.items(), by_split, strict=True):
+            scores = GlueScores(self.model.task, torch.from_numpy(rows.labels))
+            for batch in own:
+                scores.update(batch["row_index"].cpu(), batch["logits"].cpu())
+            file = folder / (
+                f"{self.model.info.folder}.tsv" if len(sets) == 1 else f"{self.model.info.folder}-{split}.tsv"
+            )
+            labels = self.model.info.labels
+            lines = ["index\tprediction"]
+            for index, value in zip(*(part.tolist() for part in scores.predictions()), strict=True):
+                lines.append(f"{index}\t{labels[value] if labels else f'{value:.9g}'}")
+            file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            print(f"Answers: {file}")
+
+
+def _check_kind(saved: dict[str, Any], dense: bool, task: str) -> None:
+    if "task" not in saved:
+        return  # not of this recipe: loading it says what is wrong
+    if saved["task"] != task:
+        raise CheckpointError(
+            f"the checkpoint is of {saved['task']}, the task is {task}: use --data.task {saved['task']}"
+        )
+    if (saved.get("slope") is None) != dense:
+        kinds = ["dense" if saved.get("slope") is None else "2:4 sparse", "dense" if dense else "2:4 sparse"]
+        raise CheckpointError(
+            f"the checkpoint is of a {kinds[0]} model, the configuration is {kinds[1]}: use glue.yaml with sparse "
+            "checkpoints and glue_dense.yaml with dense ones"
+        )
+
+
+def export(arguments: list[str]) -> None:
+    """Write a checkpoint as a dense Hugging Face model, with the task and its class names."""
+    parser = ArgumentParser(prog="python -m recipes.bert_large.glue export", description=export.__doc__)
+    parser.add_argument("--ckpt_path", type=str, required=True, help="a checkpoint of this recipe, dense or sparse")
+    parser.add_argument("--folder", type=str, required=True, help="where config.json and model.safetensors go")
+    options = parser.parse_args(arguments)
+    module = BertGlue.load_from_checkpoint(options.ckpt_path, map_location="cpu", weights_only=True)
+    module.export(options.folder)
+    print(f"Dense Hugging Face model: {options.folder}")
+
+
+def main(arguments: list[str] | None = None) -> LightningCLI | None:
+    """Run a subcommand; see the module's docstring."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["export"]:
+        export(given[1:])
+        return None
+    # Without allow_abbrev=False the misspelt --trainer.max_step would be taken for --trainer.max_steps.
+    parser_options: dict[str, Any] = {
+        "allow_abbrev": False,
+        "prog": "python -m recipes.bert_large.glue",
+        "description": "BERT-Large on a task of GLUE, dense or 2:4 sparse. Configs lie over "
+        "recipes/bert_large/glue_base.yaml, and any value can be overridden. The settings of the sparse method: "
+        "fit --model.slope.help. A checkpoint as a dense Hugging Face folder: export --help.",
+    }
+    for name in GlueCLI.subcommands():
+        parser_options[name] = {"default_config_files": [BASE]}
+    return GlueCLI(
+        BertGlue,
+        GlueDataModule,
+        args=arguments,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        auto_configure_optimizers=False,
+        parser_kwargs=parser_options,
+    )
+
+
+if __name__ == "__main__":
+    main()

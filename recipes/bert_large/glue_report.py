@@ -1,0 +1,109 @@
+"""The Markdown table of a GLUE comparison beside the published one, over the same tasks."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from recipes.bert_large.glue_ledger import Result
+from slope_pl.data.glue_tasks import TASKS
+
+# SLoPe, BERT-Large on GLUE, by task (slope-method.md, 10.9): Matthews, accuracy, F1, not stated, F1, accuracy x 3.
+PUBLISHED_TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "rte", "mnli", "qnli")
+PUBLISHED: Mapping[str, tuple[float, ...]] = {
+    "dense": (51.6, 91.9, 81.2, 87.5, 87.8, 66.4, 84.1, 91.3),
+    "SLoPe, r = 0": (37.9, 91.4, 85.4, 86.6, 85.8, 62.5, 80.7, 88.6),
+    "SLoPe, r = 4": (38.5, 91.4, 85.8, 86.8, 85.8, 63.9, 80.8, 88.4),
+    "SLoPe, r = 16": (39.2, 91.3, 86.4, 86.6, 86.0, 63.5, 80.8, 88.2),
+    "SLoPe, r = 64": (42.7, 90.3, 85.1, 86.8, 85.7, 66.4, 80.3, 88.5),
+    "Wanda 2:4": (43.0, 91.4, 88.3, 86.9, 86.1, 63.5, 81.9, 89.6),
+}
+
+
+def best_rates(results: Sequence[Result]) -> dict[tuple[str, str, str], float]:
+    """By (settings, task, method's label): the rate of highest mean score, of those with the most seeds.
+
+    A rate that was chosen with one seed and then run with more is not dropped for one that was merely lucky once.
+    """
+    scores: dict[tuple[str, str, str], dict[float, list[float]]] = {}
+    for result in results:
+        key = result.settings, result.task, result.label
+        scores.setdefault(key, {}).setdefault(result.rate, []).append(result.score)
+
+    def rank(values: list[float]) -> tuple[int, float]:
+        return len(values), statistics.mean(values)
+
+    return {key: max(rates, key=lambda rate: rank(rates[rate])) for key, rates in scores.items()}
+
+
+def report(results: Sequence[Result]) -> str:
+    """A table for each set of settings, then the published one; methods at their own best rate for each task."""
+    if not results:
+        return "No results yet."
+    tasks = [task for task in TASKS if any(r.task == task for r in results)]
+    compared = [task for task in PUBLISHED_TASKS if task in tasks]
+    parts = []
+    for settings in dict.fromkeys(r.settings for r in results):
+        own = [r for r in results if r.settings == settings]
+        parts.append(f"{settings}\n\n{_table(own, tasks, compared)}\n\n{_rates(own)}")
+    if compared and not all(r.settings.startswith("glue_sample.yaml") for r in results):
+        left_out = [task for task in PUBLISHED_TASKS if task not in compared]
+        note = f", without {', '.join(left_out)}, which are not above" if left_out else ""
+        parts.append(f"Published for BERT-Large pretrained sparse{note}:\n\n{published(tasks, compared)}")
+    return "\n\n".join(parts)
+
+
+def _table(results: Sequence[Result], tasks: Sequence[str], compared: Sequence[str]) -> str:
+    best = best_rates(results)
+    lines = _header(tasks, compared, "seeds | ")
+    for label in dict.fromkeys(r.label for r in results):
+        own = [r for r in results if r.label == label and r.rate == best[r.settings, r.task, label]]
+        by_task = {task: [r.published for r in own if r.task == task] for task in tasks}
+        seeds = sorted({len(values) for values in by_task.values() if values})
+        mean = "-"
+        if compared and all(by_task[task] for task in compared):
+            mean = f"**{statistics.mean(statistics.mean(by_task[task]) for task in compared):.2f}**"
+        cells = [_spread(values) for values in by_task.values()]
+        count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+        lines.append(f"| {label} | {count} | {' | '.join(cells)} | {mean} |")
+    return "\n".join(lines)
+
+
+def published(tasks: Sequence[str], compared: Sequence[str]) -> str:
+    """The published rows, cut to the tasks of a comparison, with the mean over these."""
+    lines = _header(tasks, compared, "")
+    for label, values in PUBLISHED.items():
+        by_task = dict(zip(PUBLISHED_TASKS, values, strict=True))
+        cells = [f"{by_task[task]}" if task in by_task else "-" for task in tasks]
+        lines.append(f"| {label} | {' | '.join(cells)} | {statistics.mean(by_task[t] for t in compared):.2f} |")
+    return "\n".join(lines)
+
+
+def _header(tasks: Sequence[str], compared: Sequence[str], extra: str) -> list[str]:
+    names = [f"{TASKS[task].folder} ({_metric(task)})" for task in tasks]
+    columns = f"method | {extra}{' | '.join(names)} | mean of {len(compared)}"
+    return [f"| {columns} |", "|" + "---|" * (columns.count("|") + 1)]
+
+
+def _metric(task: str) -> str:
+    short = {"matthews": "Matthews", "accuracy": "acc.", "f1": "F1", "score": "r, rho"}
+    return short[TASKS[task].published]
+
+
+def _rates(results: Sequence[Result]) -> str:
+    """Score at every rate tried, where more than one was."""
+    best, lines = best_rates(results), []
+    for (_, task, label), rate in best.items():
+        own = [r for r in results if (r.task, r.label) == (task, label)]
+        tried = sorted({r.rate for r in own})
+        if len(tried) > 1:
+            means = (f"{r:g}: {statistics.mean(x.score for x in own if x.rate == r):.2f}" for r in tried)
+            lines.append(f"* {task}, {label}: best at {rate:g} ({', '.join(means)})")
+    if lines:
+        return "Rates were chosen on the same rows, by the score of each:\n\n" + "\n".join(lines)
+    return f"Rates: {', '.join(f'{rate:g}' for rate in sorted({r.rate for r in results}))}."
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean

@@ -1,0 +1,153 @@
+"""Sentences for BERT's pretraining: where a text is split, and how sentences lie in packed shards.
+
+Shards hold WordPiece ids, each sentence followed by the id of ``[SEP]`` and each document by that of ``[PAD]``. Neither can
+come out of text: the tokeniser is a bare one (`slope_pl.data.tokenizer`), to which "[SEP]" is three tokens.
+
+Source of the units: Devlin et al. 2018, section 3.1 and appendix A.2; their program reads one sentence a line.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Literal
+
+from slope_pl.data.bpe import TextTokenizer
+from slope_pl.data.text_sources import Document, TextSource
+from slope_pl.data.tokenizer import SPECIAL_TOKENS, load_wordpiece
+
+Sentences = Literal["prose", "lines"]
+
+LONGEST_SENTENCE = 256
+"""Tokens. What has no full stop for longer (a table, a list of names) is cut, so that no batch has to read far."""
+
+# An end mark with closing quotes or brackets behind it and white space, or one of the full-width marks, or an empty line.
+_END = re.compile(r"""[.!?…]+["'”’»)\]]*(\s+)|[。！？]+["'”’」』）]*|\n[ \t\r]*\n\s*""")
+_OPENING = "\"'“‘«([-—–"
+_ABBREVIATION = re.compile(
+    r"(?:^|[\s(\"'“‘])(?:[A-Z]|Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|Rev|Gen|Col|Capt|Lt|Sgt|vs|e\.g|i\.e|cf)\.$"
+)
+
+
+def split_sentences(text: str, sentences: Sentences = "prose") -> list[str]:
+    """Split a document into sentences, none of them empty.
+
+    Args:
+        text: The document.
+        sentences: ``"prose"``: at an empty line, and after a full stop, question or exclamation mark that white space
+            follows and then no small letter; not after initials and common abbreviations of English. A line break alone
+            ends nothing: texts are often wrapped. ``"lines"``: each line is a sentence already.
+
+    Returns:
+        The sentences without the white space around them; joined, they hold every other character of the text.
+    """
+    if sentences == "lines":
+        return [line.strip() for line in text.split("\n") if line.strip()]
+    found, start = [], 0
+    for match in _END.finditer(text):
+        if match[1] is not None and not _ends(text, match):
+            continue
+        found.append(text[start : match.end()])
+        start = match.end()
+    return [part.strip() for part in (*found, text[start:]) if part.strip()]
+
+
+def _ends(text: str, match: re.Match[str]) -> bool:
+    if match[1].count("\n") > 1:  # an empty line
+        return True
+    follows = text[match.end() : match.end() + 4].lstrip(_OPENING)[:1]
+    if follows.islower():
+        return False
+    before = text[max(match.start() - 8, 0) : match.start() + 1]
+    return text[match.start()] != "." or _ABBREVIATION.search(before) is None
+
+
+@dataclass(frozen=True, eq=False)
+class SentenceTokenizer(TextTokenizer):
+    """WordPiece over sentences; what `slope_pl.data.prepare_shards` asks of a tokeniser.
+
+    Attributes:
+        end_of_text: Id of ``[PAD]``: ends a document in the shards.
+        sentence_end: Id of ``[SEP]``: ends a sentence in the shards and a segment in a batch.
+        cls: Id of ``[CLS]``.
+        mask: Id of ``[MASK]``.
+        unknown: Id of ``[UNK]``.
+        sentences: How documents are split; see `split_sentences`.
+    """
+
+    sentence_end: int
+    cls: int
+    mask: int
+    unknown: int
+    sentences: Sentences
+
+    @property
+    def special(self) -> tuple[int, ...]:
+        """Ids of ``[PAD] [UNK] [CLS] [SEP] [MASK]``: never chosen for masking, never drawn as a random token."""
+        return self.end_of_text, self.unknown, self.cls, self.sentence_end, self.mask
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, each sentence with its end mark; a text without tokens gives []."""
+        pieces: list[str] = []
+        ends = []
+        for text in texts:
+            pieces += split_sentences(text, self.sentences)
+            ends.append(len(pieces))
+        rows = [encoding.ids for encoding in self.encoder.encode_batch_fast(pieces, add_special_tokens=False)]
+        out, start = [], 0
+        for end in ends:
+            ids: list[int] = []
+            for row in rows[start:end]:
+                for cut in range(0, len(row), LONGEST_SENTENCE):
+                    ids += [*row[cut : cut + LONGEST_SENTENCE], self.sentence_end]
+            out.append(ids)
+            start = end
+        return out
+
+
+def load_sentence_tokenizer(source: str | os.PathLike[str], sentences: Sentences = "prose") -> SentenceTokenizer:
+    """Load a WordPiece tokeniser that splits sentences first.
+
+    Args:
+        source: As in `slope_pl.data.load_wordpiece`: a vocab.txt, a folder, or a hub id.
+        sentences: How documents are split.
+
+    Raises:
+        DataUnavailableError: No such file or folder, or the hub is not reachable.
+        ValueError: Not a WordPiece vocabulary, or one without ``[PAD] [UNK] [CLS] [SEP] [MASK]``.
+    """
+    encoder = load_wordpiece(source)
+    vocabulary = encoder.get_vocab()
+    pad, unknown, cls, sep, mask = (vocabulary[token] for token in SPECIAL_TOKENS)
+    rules = f"{sentences} {LONGEST_SENTENCE} {_END.pattern} {_ABBREVIATION.pattern}"
+    digest = hashlib.sha256((encoder.to_str() + rules).encode()).hexdigest()
+    size = 1 + max(vocabulary.values())
+    return SentenceTokenizer(encoder, size, pad, digest, False, sep, cls, mask, unknown, sentences)
+
+
+class GroupedText:
+    """A source whose documents are several consecutive ones of another source, a line each.
+
+    For data with one sentence a row and no mark between books (the hub's bookcorpus).
+
+    Args:
+        source: The other source.
+        rows: How many make one document.
+    """
+
+    def __init__(self, source: TextSource, rows: int) -> None:
+        self.source, self.rows = source, rows
+        self.name, self.unit, self.total = source.name, source.unit, source.total
+
+    def fingerprint(self, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the other source's fingerprint and the number of rows."""
+        return {**self.source.fingerprint(known), "rows_per_document": self.rows}
+
+    def documents(self, skip: int = 0) -> Iterator[Document]:
+        """Yield the groups after the first ``skip``; errors are the other source's."""
+        rows = self.source.documents(skip * self.rows)
+        while group := list(islice(rows, self.rows)):
+            text = "\n".join(document.text.replace("\n", " ") for document in group)
+            yield replace(group[-1], text=text, where=group[0].where)

@@ -1,0 +1,187 @@
+"""Distillation: a sparse student learns from a dense teacher's outputs beside the labels.
+
+Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, section 2: cross-entropy with
+softened outputs, times the square of the temperature, so that its gradient keeps its size. Used in a module's
+``training_step``::
+
+    def configure_model(self):
+        build or load self.net
+        self.distillation = Distillation(frozen_copy(self.net), "classification", temperature=2.0, weight=0.5)
+        super().configure_model()                     # makes self.net sparse
+
+    def training_step(self, batch, batch_idx):
+        inputs = batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]
+        logits = self.net(*inputs).logits
+        return self.distillation(F.cross_entropy(logits, batch["labels"]), logits, inputs)
+
+A teacher is worth having once it knows the task: a copy of a pretrained net with a fresh head teaches noise. Train the
+dense model first, and give its checkpoint to :func:`load_teacher`.
+"""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slope_pl.errors import CheckpointError, ConfigError, ConversionError
+from slope_pl.nn import sparse_layers
+
+Task = Literal["classification", "question_answering", "regression"]
+
+
+class Distillation:
+    """The loss ``(1 - weight) * task + weight * distance(student, teacher)``.
+
+    No ``nn.Module``: as an attribute of a LightningModule, the teacher is no part of it: not in its state dict or
+    checkpoints, not in optimizers, not wrapped by DDP, not switched to training mode. It goes to the device of the
+    student's outputs at the first call, and to their dtype where no autocast is on. Copies of the holder (weight
+    averaging) share it.
+
+    Memory on every rank: the teacher's parameters once (a dense copy of a 2:4 model in fp32 is twice the student's
+    values), and the activations of one forward without a graph; no gradients, no optimizer state. Time: one dense
+    forward a step.
+
+    Args:
+        teacher: takes the same inputs and gives the same kind of outputs; frozen and put into evaluation mode here.
+        task: ``classification``: KL(teacher || student) of the logits ``(B, C)``. ``question_answering``: the mean of
+            those of the start and end logits ``(B, T)`` over positions. ``regression``: mean squared difference of the
+            outputs.
+        temperature: divides both logits; above 1 softens. Of no effect in regression, where it must stay 1.
+        weight: of the teacher, from 0 (excluded) to 1 (labels are ignored).
+
+    Raises:
+        ConfigError: for a value out of range.
+    """
+
+    def __init__(self, teacher: nn.Module, task: Task, temperature: float = 1.0, weight: float = 0.5) -> None:
+        if task not in get_args(Task):
+            raise ConfigError(f"task={task!r} is unknown; choose one of {', '.join(get_args(Task))}")
+        if not 0 < temperature < float("inf"):
+            raise ConfigError(f"temperature={temperature!r}: a number above 0 is expected")
+        if task == "regression" and temperature != 1:
+            raise ConfigError(f"temperature={temperature!r} has no effect in regression; leave it out")
+        if not 0 < weight <= 1:
+            raise ConfigError(
+                f"weight={weight!r}: above 0 and at most 1 is expected; without a teacher, leave distillation out"
+            )
+        self.teacher = teacher.requires_grad_(False).eval()
+        self.task, self.temperature, self.weight = task, float(temperature), float(weight)
+
+    def __call__(
+        self, task_loss: Tensor, student: Any, inputs: Mapping[str, Any] | tuple[Any, ...], mask: Tensor | None = None
+    ) -> Tensor:
+        """The loss to train on.
+
+        Args:
+            task_loss: scalar, of the labels.
+            student: outputs: logits ``(B, C)``, or ``(B,)`` or ``(B, 1)`` in regression, as they are or as ``.logits``;
+                for questions a pair of start and end logits ``(B, T)``, or ``.start_logits`` and ``.end_logits``.
+            inputs: of the student's forward, for the teacher's.
+            mask: ``(B, T)``, for questions: 0 for positions that are no answer (padding), which neither side's softmax
+                sees.
+
+        Returns:
+            scalar.
+
+        Raises:
+            ValueError: if outputs of student and teacher differ in shape, or a mask does not fit.
+        """
+        distance = self.distance(student, self.outputs(inputs, like=self._tensors(student)[0]), mask)
+        return (1 - self.weight) * task_loss + self.weight * distance
+
+    @torch.no_grad()
+    def outputs(self, inputs: Mapping[str, Any] | tuple[Any, ...], like: Tensor | None = None) -> Any:
+        """The teacher's outputs, without gradients; the teacher follows device and dtype of ``like``."""
+        if like is not None:
+            own = next((p for p in self.teacher.parameters() if p.is_floating_point()), None)
+            dtype = None if own is None or torch.is_autocast_enabled(like.device.type) else like.dtype
+            if own is not None and (own.device != like.device or dtype not in (None, own.dtype)):
+                self.teacher.to(device=like.device, dtype=dtype)
+        return self.teacher(**inputs) if isinstance(inputs, Mapping) else self.teacher(*inputs)
+
+    def distance(self, student: Any, teacher: Any, mask: Tensor | None = None) -> Tensor:
+        """How far the student's outputs are from the teacher's, a scalar in float32: what ``weight`` multiplies."""
+        mine, theirs = self._tensors(student), self._tensors(teacher)
+        for a, b in zip(mine, theirs, strict=True):
+            if a.shape != b.shape:
+                raise ValueError(
+                    f"the student's outputs are {tuple(a.shape)}, the teacher's {tuple(b.shape)}; give both one head"
+                )
+        if mask is not None and (self.task != "question_answering" or mask.shape != mine[0].shape):
+            raise ValueError(
+                f"mask of shape {tuple(mask.shape)} with outputs {tuple(mine[0].shape)} and task {self.task!r}: a mask "
+                "belongs to the positions of question answering"
+            )
+        if self.task == "regression":
+            return F.mse_loss(mine[0].float(), theirs[0].float())
+        losses = [self._divergence(a, b, mask) for a, b in zip(mine, theirs, strict=True)]
+        return torch.stack(losses).mean()
+
+    def _divergence(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+        """``T^2 KL(teacher || student)`` a row, mean over rows."""
+        log_q, log_p = (self._log_softmax(logits, mask) for logits in (student, teacher))
+        rows = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+        return rows.mean() * self.temperature**2
+
+    def _log_softmax(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+        logits = logits.float() / self.temperature
+        if mask is not None:
+            # Not -inf, of which the divergence would be NaN; half of the range, so that differences stay finite.
+            logits = logits.masked_fill(~mask.bool(), torch.finfo(torch.float32).min / 2)
+        return logits.log_softmax(-1)
+
+    def _tensors(self, outputs: Any) -> tuple[Tensor, ...]:
+        if self.task == "question_answering":
+            if hasattr(outputs, "start_logits"):
+                return outputs.start_logits, outputs.end_logits
+            start, end = outputs
+            return start, end
+        return (getattr(outputs, "logits", outputs),)
+
+    def teacher_bytes(self) -> int:
+        """Bytes of the teacher's parameters and buffers."""
+        return sum(t.numel() * t.element_size() for t in (*self.teacher.parameters(), *self.teacher.buffers()))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Distillation":
+        return self
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy of a dense model, frozen and in evaluation mode; to be made before conversion.
+
+    Raises:
+        ConversionError: if the model is sparse already.
+    """
+    if sparse_layers(model):
+        raise ConversionError("the model is sparse already: make the teacher's copy before sparsify")
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+def load_teacher(model: nn.Module, checkpoint: str | Path, prefix: str = "net.") -> nn.Module:
+    """Load the weights of a dense Lightning checkpoint into a net, frozen and in evaluation mode.
+
+    Args:
+        model: a dense net, changed in place; its head included, every tensor must be in the checkpoint.
+        checkpoint: file.
+        prefix: of the net's names in the checkpoint's LightningModule.
+
+    Returns:
+        the model.
+
+    Raises:
+        CheckpointError: if the file does not exist or does not hold this net, dense.
+    """
+    path = Path(checkpoint).expanduser()
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file: the checkpoint of the teacher is expected")
+    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    try:
+        model.load_state_dict(own)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} is not a dense checkpoint of this net under {prefix!r}: {error}") from error
+    return model.requires_grad_(False).eval()

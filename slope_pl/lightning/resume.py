@@ -1,0 +1,55 @@
+"""Going on after a crash: the newest checkpoint of a folder that is whole.
+
+A checkpoint file is a zip archive, and every tensor in it has a checksum that ``torch.load`` does not look at. A damaged file
+that loads is worse than one that does not; here all of it is read and compared.
+"""
+
+import logging
+import zipfile
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+_SHARDED_MARK = ("meta.pt", ".metadata")
+
+
+def damage(path: Path) -> str | None:
+    """Why a checkpoint is not whole, or None.
+
+    Args:
+        path: a file; or the folder of a sharded checkpoint, whose parts are looked at one by one.
+    """
+    if path.is_dir():
+        missing = [name for name in _SHARDED_MARK if not (path / name).exists()]
+        if missing:
+            return f"it has no {missing[0]}: its save was not finished"
+        files = [file for file in sorted(path.rglob("*.pt")) if file.is_file()]
+        return next((f"{file.name}: {reason}" for file in files if (reason := damage(file))), None)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:
+        return str(error)
+    return None if broken is None else f"the checksum of {broken} is wrong"
+
+
+def last_good_checkpoint(folder: str | Path, pattern: str = "**/*.ckpt") -> Path | None:
+    """The newest checkpoint below a folder that is whole: ``trainer.fit(module, ckpt_path=last_good_checkpoint("runs"))``.
+
+    Newer ones that are damaged are named in the log, at level WARNING, and left as they are.
+
+    Args:
+        folder: need not exist.
+        pattern: of files, and folders of sharded checkpoints, below it.
+
+    Returns:
+        its path, or None if there is none: training then begins anew.
+    """
+    candidates = sorted(Path(folder).glob(pattern), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in candidates:
+        reason = damage(path)
+        if reason is None:
+            log.info("going on from %s", path)
+            return path
+        log.warning("%s is damaged and left out: %s", path, reason)
+    return None

@@ -1,0 +1,97 @@
+"""What is left after kills and damage: the newest whole checkpoint, and a run that ends as if nothing had been."""
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from slope_pl import SLoPeCallback, SLoPeConfig
+from slope_pl.lightning import LocalCheckpointIO, last_good_checkpoint
+from slope_pl.lightning.resume import damage
+from tests.lightning.toy import QUIET, Toy, make_trainer
+
+pytestmark = QUIET
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_the_whole_one():
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults.kill", "--kills", "8", "--seed", "3"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 kills" in done.stdout
+    assert "difference of the final weights: 0.0" in done.stdout
+
+
+def save(folder, name, age, value=1.0):
+    file = folder / name
+    LocalCheckpointIO().save_checkpoint({"state_dict": {"a": torch.full((1000,), value)}}, file)
+    os.utime(file, (1_000_000 - age, 1_000_000 - age))
+    return file
+
+
+def test_the_newest_whole_one_is_taken_and_the_damaged_are_named(tmp_path, caplog):
+    old, middle, new, newest = (
+        save(tmp_path, f"{name}.ckpt", age) for age, name in ((9, "d"), (5, "c"), (3, "b"), (1, "a"))
+    )
+    assert last_good_checkpoint(tmp_path) == newest
+    content = bytearray(newest.read_bytes())
+    place = content.index(torch.full((1000,), 1.0).numpy().tobytes()[:64]) + 100
+    content[place] ^= 1  # one bit of one weight
+    newest.write_bytes(content)
+    new.write_bytes(new.read_bytes()[:-200])
+    middle.write_bytes(b"")
+    for file, age in ((newest, 1), (new, 3), (middle, 5)):
+        os.utime(file, (1_000_000 - age, 1_000_000 - age))
+    damaged = torch.load(newest, weights_only=True)["state_dict"]["a"]
+    assert not torch.equal(damaged, torch.ones(1000)), "torch itself does not notice"
+    with caplog.at_level(logging.WARNING):
+        assert last_good_checkpoint(tmp_path) == old
+    assert "a.ckpt is damaged and left out: the checksum of" in caplog.text
+    assert "b.ckpt is damaged" in caplog.text
+    assert "c.ckpt is damaged" in caplog.text
+    assert newest.exists(), "nothing is removed"
+
+
+def test_none_where_there_is_none(tmp_path):
+    assert last_good_checkpoint(tmp_path / "not there") is None
+    (tmp_path / "x.ckpt").write_text("no checkpoint")
+    assert last_good_checkpoint(tmp_path) is None
+
+
+def test_a_sharded_checkpoint_without_its_end_is_not_whole(tmp_path):
+    folder = tmp_path / "step=3.ckpt"
+    folder.mkdir()
+    torch.save({}, folder / "meta.pt")
+    assert "no .metadata" in damage(folder)
+    (folder / ".metadata").write_bytes(b"x")
+    assert damage(folder) is None
+    (folder / "meta.pt").write_bytes(b"cut")
+    assert "meta.pt" in damage(folder)
+
+
+def test_training_goes_on_from_what_is_found(tmp_path):
+    trainer = make_trainer(tmp_path, SLoPeCallback(SLoPeConfig()), max_steps=6, plugins=[LocalCheckpointIO()])
+    trainer.fit(Toy())
+    trainer.save_checkpoint(tmp_path / "six.ckpt")
+    again = make_trainer(tmp_path, SLoPeCallback(SLoPeConfig()), max_steps=8)
+    module = Toy()
+    again.fit(module, ckpt_path=last_good_checkpoint(tmp_path))
+    assert len(module.losses) == 2
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_leftovers_of_dead_processes_go_those_of_living_ones_stay(tmp_path, alive):
+    process = os.getppid() if alive else 2**22 + 7  # beyond what Linux gives
+    file = tmp_path / f".x.ckpt.{socket.gethostname()}.{process}.unfinished"
+    file.write_bytes(b"half")
+    LocalCheckpointIO().save_checkpoint({}, tmp_path / "y.ckpt")
+    assert file.exists() == alive
