@@ -1,12 +1,10 @@
 """Models to train: BERT and GPT-2 with Hugging Face's parameter names, dense until surgery."""
 
-from slope_pl.models.bert import (
-    BertConfig,
+from slope_pl.models.bert import BertConfig, BertModel, BertModelOutput
+from slope_pl.models.bert_heads import (
     BertForPreTraining,
     BertForQuestionAnswering,
     BertForSequenceClassification,
-    BertModel,
-    BertModelOutput,
     PreTrainingOutput,
     QuestionAnsweringOutput,
     SequenceClassificationOutput,

@@ -1,11 +1,11 @@
-"""The loss of BERT's pretraining; the model with its two heads is :class:`slope_pl.models.bert.BertForPreTraining`."""
+"""The loss of BERT's pretraining; the model with its two heads is :class:`slope_pl.models.BertForPreTraining`."""
 
 from typing import NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from slope_pl.models.bert import PreTrainingOutput
+from slope_pl.models.bert_heads import PreTrainingOutput
 
 IGNORED = -100
 """Label of what is not to be predicted."""

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from slope_pl.models.bert import QuestionAnsweringOutput, SequenceClassificationOutput
+from slope_pl.models.bert_heads import QuestionAnsweringOutput, SequenceClassificationOutput
 from slope_pl.models.hf import PretrainedFilesError, PretrainedMismatchError, PretrainedUnavailableError
 
 log = logging.getLogger(__name__)

@@ -18,13 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from slope_pl.models.bert import (
-    BertConfig,
-    BertForPreTraining,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertModel,
-)
+from slope_pl.models.bert import BertConfig, BertModel
+from slope_pl.models.bert_heads import BertForPreTraining, BertForQuestionAnswering, BertForSequenceClassification
 
 AnyBert = BertModel | BertForPreTraining | BertForQuestionAnswering | BertForSequenceClassification
 
