@@ -64,31 +64,35 @@ class SLoPeConfig:
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
-            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
-        _one_of("mask", self.mask, MASK_KINDS)
-        _one_of("backend", self.backend, BACKEND_NAMES)
-        _integer("mask_calibration_batches", self.mask_calibration_batches, 0, "; 0 chooses masks by magnitude alone")
+            object.__setattr__(self, name, as_patterns(name, getattr(self, name)))
+        check_one_of("mask", self.mask, MASK_KINDS)
+        check_one_of("backend", self.backend, BACKEND_NAMES)
+        check_integer(
+            "mask_calibration_batches", self.mask_calibration_batches, 0, "; 0 chooses masks by magnitude alone"
+        )
         if self.mask == "random" and self.mask_calibration_batches:
             raise ConfigError(
                 f"mask_calibration_batches={self.mask_calibration_batches} has no effect with mask='random', which looks at no "
                 "weight; set it to 0, or choose mask='magnitude' or 'transposable'"
             )
-        _integer("seed", self.seed, 0)
+        check_integer("seed", self.seed, 0)
         if not isinstance(self.fuse_gelu, bool):
             raise ConfigError(f"fuse_gelu={self.fuse_gelu!r}: True or False is expected")
         if self.backward_refresh_steps is not None:
-            _integer("backward_refresh_steps", self.backward_refresh_steps, 1, "; None never re-chooses the columns")
-        _integer("adapter_rank", self.adapter_rank, 0, "; 0 means no adapters")
+            check_integer(
+                "backward_refresh_steps", self.backward_refresh_steps, 1, "; None never re-chooses the columns"
+            )
+        check_integer("adapter_rank", self.adapter_rank, 0, "; 0 means no adapters")
         if self.adapter_rank_fraction is not None:
-            _fraction("adapter_rank_fraction", self.adapter_rank_fraction, "leave it out for no adapters")
+            check_fraction("adapter_rank_fraction", self.adapter_rank_fraction, "leave it out for no adapters")
             if self.adapter_rank:
                 raise ConfigError(
                     f"adapter_rank={self.adapter_rank} and adapter_rank_fraction={self.adapter_rank_fraction} are both "
                     "set; give one of them"
                 )
-        _fraction("adapter_start", self.adapter_start, "0.99 wakes the adapters for the last 1 % of the steps")
+        check_fraction("adapter_start", self.adapter_start, "0.99 wakes the adapters for the last 1 % of the steps")
         if self.adapter_start_step is not None:
-            _integer("adapter_start_step", self.adapter_start_step, 0)
+            check_integer("adapter_start_step", self.adapter_start_step, 0)
             if self.adapter_start != DEFAULT_ADAPTER_START:
                 raise ConfigError(
                     f"adapter_start={self.adapter_start} and adapter_start_step={self.adapter_start_step} are both set; "
@@ -136,22 +140,26 @@ def as_config(value: "SLoPeConfig | Mapping[str, Any] | None") -> SLoPeConfig | 
     raise ConfigError(f"a SLoPeConfig, a mapping of its fields or None is expected, got {type(value).__name__}")
 
 
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def check_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raise a ConfigError unless a setting has one of the allowed values."""
     if value not in allowed:
         raise ConfigError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
 
 
-def _integer(name: str, value: Any, least: int, hint: str = "") -> None:
+def check_integer(name: str, value: Any, least: int, hint: str = "") -> None:
+    """Raise a ConfigError unless a setting is an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{name}={value!r}: an integer of at least {least} is expected{hint}")
 
 
-def _fraction(name: str, value: Any, hint: str) -> None:
+def check_fraction(name: str, value: Any, hint: str) -> None:
+    """Raise a ConfigError unless a setting is above 0 and at most 1."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise ConfigError(f"{name}={value!r}: a fraction above 0 and at most 1 is expected; {hint}")
 
 
-def _patterns(name: str, value: Any) -> tuple[str, ...]:
+def as_patterns(name: str, value: Any) -> tuple[str, ...]:
+    """A list of shell patterns as a tuple; a ConfigError if it is something else."""
     listed = isinstance(value, list | tuple)
     if not listed or not all(isinstance(pattern, str) and pattern for pattern in value):
         raise ConfigError(f"{name}={value!r}: a list of patterns is expected, for example ['encoder.layer.*']")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, Self, get_args
 
-from slope_pl.config import SLoPeConfig, _fraction, _integer, _one_of, _patterns
+from slope_pl.config import SLoPeConfig, as_patterns, check_fraction, check_integer, check_one_of
 from slope_pl.errors import ConfigError
 
 BackwardPruning = Literal["weight", "gradient", "none"]
@@ -100,10 +100,12 @@ class SRSTEConfig(BaselineConfig):
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
-            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+            object.__setattr__(self, name, as_patterns(name, getattr(self, name)))
         _check_common(self)
-        _one_of("backward_pruning", self.backward_pruning, BACKWARD_PRUNINGS)
-        _fraction("adapter_fraction", self.adapter_fraction, "0.01 wakes the adapters for the last 1 % of the steps")
+        check_one_of("backward_pruning", self.backward_pruning, BACKWARD_PRUNINGS)
+        check_fraction(
+            "adapter_fraction", self.adapter_fraction, "0.01 wakes the adapters for the last 1 % of the steps"
+        )
         changed = self.adapter_fraction != DEFAULT_ADAPTER_FRACTION
         _one_mark("adapter_fraction", self.adapter_fraction, changed, "adapter_start_step", self.adapter_start_step)
         if not self.selection().has_adapters and (changed or self.adapter_start_step is not None):
@@ -157,12 +159,12 @@ class FSTConfig(BaselineConfig):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", _patterns("targets", self.targets))
+        object.__setattr__(self, "targets", as_patterns("targets", self.targets))
         _check_common(self)
         if not isinstance(self.mvue, bool):
             raise ConfigError(f"mvue={self.mvue!r}: True or False is expected")
         if self.dense_finish_fraction != 0 or isinstance(self.dense_finish_fraction, bool):
-            _fraction("dense_finish_fraction", self.dense_finish_fraction, "0 never ends the sparse phase")
+            check_fraction("dense_finish_fraction", self.dense_finish_fraction, "0 never ends the sparse phase")
         changed = self.dense_finish_fraction != DEFAULT_DENSE_FRACTION
         _one_mark(
             "dense_finish_fraction", self.dense_finish_fraction, changed, "dense_finish_step", self.dense_finish_step
@@ -173,13 +175,13 @@ def _check_common(config: SRSTEConfig | FSTConfig) -> None:
     decay = config.decay
     if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < math.inf:
         raise ConfigError(f"decay={decay!r}: a number of at least 0 is expected; 0 is plain straight-through training")
-    _integer("mask_refresh_steps", config.mask_refresh_steps, 1, "; 1 chooses the mask anew at every step")
-    _integer("seed", config.seed, 0)
+    check_integer("mask_refresh_steps", config.mask_refresh_steps, 1, "; 1 chooses the mask anew at every step")
+    check_integer("seed", config.seed, 0)
 
 
 def _one_mark(fraction: str, value: float, changed: bool, step: str, at: int | None) -> None:
     if at is None:
         return
-    _integer(step, at, 0)
+    check_integer(step, at, 0)
     if changed:
         raise ConfigError(f"{fraction}={value} and {step}={at} are both set; give one of them")

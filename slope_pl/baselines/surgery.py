@@ -11,7 +11,7 @@ from slope_pl.baselines.layers import MaskedLinear
 from slope_pl.config import SLoPeConfig
 from slope_pl.errors import ConversionError
 from slope_pl.nn.selection import Choice, all_names, choose_layers
-from slope_pl.nn.surgery import _log_dense_layers, _refuse_wrapped, _replace, layer_seed, sparse_layers
+from slope_pl.nn.surgery import layer_seed, log_dense_layers, refuse_wrapped, replace_module, sparse_layers
 
 _FEED_FORWARD = re.compile(
     r"(^|\.)(mlp|ffn|feed_?forward|DenseReluDense)\."  # GPT-2, Llama, ViT, DistilBERT, T5
@@ -65,7 +65,7 @@ def mask_layers(model: nn.Module, config: SRSTEConfig | FSTConfig) -> dict[str, 
         ConversionError: if no layer matches, a pattern matches nothing, the model is wrapped already, or it was converted
             by another configuration or method.
     """
-    _refuse_wrapped(model)
+    refuse_wrapped(model)
     if sparse_layers(model):
         raise ConversionError(
             f"the model has SLoPe's sparse layers ({next(iter(sparse_layers(model)))}, ...): use one method a model, or "
@@ -85,7 +85,7 @@ def mask_layers(model: nn.Module, config: SRSTEConfig | FSTConfig) -> dict[str, 
     else:
         choices, fix = choose_layers(model, config.selection()), "see include and keep_first_dense"
     chosen = {id(c.module): c.name for c in choices if c.reason is None}
-    _log_dense_layers([(c.name, c.reason) for c in choices if c.reason is not None])
+    log_dense_layers([(c.name, c.reason) for c in choices if c.reason is not None])
     if not chosen:
         reasons = "; ".join(f"{c.name}: {c.reason}" for c in choices[:6]) or "it has none"
         raise ConversionError(
@@ -96,7 +96,7 @@ def mask_layers(model: nn.Module, config: SRSTEConfig | FSTConfig) -> dict[str, 
         if id(old) in chosen:
             if id(old) not in made:
                 made[id(old)] = _make(old, config, layer_seed(config.seed, chosen[id(old)]))
-            _replace(model, name, made[id(old)])
+            replace_module(model, name, made[id(old)])
     return masked_layers(model)
 
 
@@ -109,7 +109,7 @@ def unmask_layers(model: nn.Module) -> dict[str, nn.Module]:
     Returns:
         qualified name -> new dense layer; empty if there was none.
     """
-    _refuse_wrapped(model)
+    refuse_wrapped(model)
     made: dict[int, nn.Module] = {}
     result: dict[str, nn.Module] = {}
     for name, old in list(all_names(model)):
@@ -117,7 +117,7 @@ def unmask_layers(model: nn.Module) -> dict[str, nn.Module]:
             if id(old) not in made:
                 made[id(old)] = result[name] = old.to_dense()
                 made[id(old)].made_dense_by_slope = True  # type: ignore[assignment]  # see slope_pl.nn.was_densified
-            _replace(model, name, made[id(old)])
+            replace_module(model, name, made[id(old)])
     return result
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from slope_pl.config import SLoPeConfig
 from slope_pl.errors import ScheduleError
 from slope_pl.nn import SparseLinear, activation_norms, choose_layers, layer_seed, sparse_layers, sparsify
-from slope_pl.nn.surgery import _replace
+from slope_pl.nn.surgery import replace_module
 
 _ASIDE = "_slope_dense_layers"
 
@@ -184,11 +184,11 @@ def _in_place(module: nn.Module, dense: DenseLayers, live: dict[str, SparseLinea
         dense[name].to(device=layer.values.device, dtype=layer.values.dtype)
     try:
         for name, layer in places:
-            _replace(module, name, own[id(layer)])
+            replace_module(module, name, own[id(layer)])
         yield
     finally:
         for name, layer in places:
-            _replace(module, name, layer)
+            replace_module(module, name, layer)
 
 
 def _averages(trainer: pl.Trainer) -> list[nn.Module]:

@@ -84,7 +84,7 @@ class LoadReport:
 
     def summary(self) -> str:
         """Return one line for the log."""
-        missing, unexpected = _listing(self.missing), _listing(self.unexpected)
+        missing, unexpected = listing(self.missing), listing(self.unexpected)
         padded = f", {self.padded_rows} vocabulary rows padded with zeros" if self.padded_rows else ""
         return (
             f"{len(self.loaded)} tensors loaded, {len(self.missing)} missing and freshly initialised{missing}, "
@@ -144,7 +144,7 @@ def load_pretrained(model: AnyBert, source: str | Path, cache_dir: str | Path | 
     """
     files = locate_pretrained(source, cache_dir)
     _check_config(_read_config(files.config), model.config, files.folder)
-    found = _canonical(_read_tensors(files))
+    found = _canonical(read_tensors(files))
     parameters = {_with_prefix(name): (name, parameter) for name, parameter in model.named_parameters()}
     if _WORD_BIAS in parameters:
         _resolve_ties(found)
@@ -153,7 +153,7 @@ def load_pretrained(model: AnyBert, source: str | Path, cache_dir: str | Path | 
     encoder = [name for name in absent if name.startswith(("bert.embeddings.", "bert.encoder."))]
     if encoder:
         raise PretrainedMismatchError(
-            f"{files.folder} lacks {len(encoder)} tensors of the encoder{_listing(encoder)}. Expected the weights of a "
+            f"{files.folder} lacks {len(encoder)} tensors of the encoder{listing(encoder)}. Expected the weights of a "
             "BERT; if the model's linear layers were replaced by sparse ones, load before that."
         )
     matched = {name: value for name, value in parameters.items() if name in found}
@@ -210,14 +210,14 @@ def save_pretrained(model: AnyBert, folder: str | Path, state_dict: Mapping[str,
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _replacing(folder / "model.safetensors") as temporary:
+    with replacing(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-    with _replacing(folder / "config.json") as temporary:
+    with replacing(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder
 
 
-def _listing(names: tuple[str, ...] | list[str]) -> str:
+def listing(names: tuple[str, ...] | list[str]) -> str:
     """Return the first few of ``names`` in brackets, with a space before them."""
     shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
     return f" ({shown})" if names else ""
@@ -260,7 +260,8 @@ def _read_config(path: Path) -> BertConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _read_tensors(files: PretrainedFiles) -> dict[str, Tensor]:
+def read_tensors(files: PretrainedFiles) -> dict[str, Tensor]:
+    """All tensors of the files of a pretrained model."""
     tensors: dict[str, Tensor] = {}
     for path in files.weights:
         try:
@@ -350,14 +351,14 @@ def _check_dense(model: AnyBert, tensors: Mapping[str, Tensor]) -> None:
     reshaped = [f"{k} {given[k]} instead of {v}" for k, v in expected.items() if k in given and given[k] != v]
     if absent or extra or reshaped:
         raise ValueError(
-            f"Not the weights of a dense {type(model).__name__}: {len(absent)} absent{_listing(absent)}, {len(extra)} "
-            f"unexpected{_listing(extra)}, {len(reshaped)} of another shape{_listing(reshaped)}. For a sparse model "
+            f"Not the weights of a dense {type(model).__name__}: {len(absent)} absent{listing(absent)}, {len(extra)} "
+            f"unexpected{listing(extra)}, {len(reshaped)} of another shape{listing(reshaped)}. For a sparse model "
             "pass its dense weights as state_dict."
         )
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path) -> Iterator[Path]:
     """Yield a temporary path that becomes ``target`` when the block ends well and vanishes when it does not."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:

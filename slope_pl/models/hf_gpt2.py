@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slope_pl.models.gpt2 import GPT2, GPT2Config
-from slope_pl.models.hf import PretrainedMismatchError, _listing, _read_tensors, _replacing, locate_pretrained
+from slope_pl.models.hf import PretrainedMismatchError, listing, locate_pretrained, read_tensors, replacing
 
 # What must agree between the checkpoint's config and the model's for the weights to mean the same. Rates of dropout and
 # of initialisation may differ, the size of the vocabulary may grow.
@@ -65,14 +65,14 @@ def load_gpt2(model: GPT2, source: str | Path, cache_dir: str | Path | None = No
     """
     files = locate_pretrained(source, cache_dir)
     _check_config(_read_config(files.config), model.config, files.folder)
-    found = _canonical(_read_tensors(files), files.folder)
+    found = _canonical(read_tensors(files), files.folder)
     parameters = dict(model.named_parameters())
     absent = [name for name in parameters if name not in found]
     extra = [name for name in found if name not in parameters]
     if absent or extra:
         raise PretrainedMismatchError(
-            f"{files.folder} lacks {len(absent)} tensors of the model{_listing(absent)} and has {len(extra)} that the model "
-            f"lacks{_listing(extra)}. Expected the weights of a GPT-2 without other heads; if the model's linear layers "
+            f"{files.folder} lacks {len(absent)} tensors of the model{listing(absent)} and has {len(extra)} that the model "
+            f"lacks{listing(extra)}. Expected the weights of a GPT-2 without other heads; if the model's linear layers "
             "were replaced by sparse ones, load before that."
         )
     for name, parameter in parameters.items():
@@ -118,9 +118,9 @@ def save_gpt2(model: GPT2, folder: str | Path, state_dict: Mapping[str, Tensor] 
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _replacing(folder / "model.safetensors") as temporary:
+    with replacing(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-    with _replacing(folder / "config.json") as temporary:
+    with replacing(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder
 
@@ -192,7 +192,7 @@ def _check_dense(config: GPT2Config, tensors: Mapping[str, Tensor]) -> None:
     reshaped = [f"{k} {given[k]} instead of {v}" for k, v in expected.items() if k in given and given[k] != v]
     if absent or extra or reshaped:
         raise ValueError(
-            f"Not the weights of a dense GPT2: {len(absent)} absent{_listing(absent)}, {len(extra)} "
-            f"unexpected{_listing(extra)}, {len(reshaped)} of another shape{_listing(reshaped)}. For a sparse model "
+            f"Not the weights of a dense GPT2: {len(absent)} absent{listing(absent)}, {len(extra)} "
+            f"unexpected{listing(extra)}, {len(reshaped)} of another shape{listing(reshaped)}. For a sparse model "
             "pass its dense weights as state_dict."
         )

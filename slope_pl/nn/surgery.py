@@ -63,12 +63,12 @@ def sparsify(
             )
     if existing:
         return existing
-    _refuse_wrapped(model)
+    refuse_wrapped(model)
     choices = choose_layers(model, config)
     if not choices:
         raise ConversionError(f"{type(model).__name__} has no linear layer to make sparse")
     chosen = {id(c.module): c.name for c in choices if c.reason is None}
-    _log_dense_layers([(c.name, c.reason) for c in choices if c.reason is not None])
+    log_dense_layers([(c.name, c.reason) for c in choices if c.reason is not None])
     if not chosen:
         reasons = "; ".join(f"{c.name}: {c.reason}" for c in choices[:6])
         raise ConversionError(
@@ -86,7 +86,7 @@ def sparsify(
                     scale = None if norms is None else norms[first_name].to(weight.device)
                     made[id(old)] = SparseLinear.from_linear(old, config, layer_seed(config.seed, first_name), scale)
                 made[id(old)].shard_like(weight)
-            _replace(model, name, made[id(old)])
+            replace_module(model, name, made[id(old)])
     return sparse_layers(model)
 
 
@@ -126,7 +126,7 @@ def densify(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         ConversionError: if the model is wrapped for distribution.
     """
-    _refuse_wrapped(model)
+    refuse_wrapped(model)
     made: dict[int, nn.Module] = {}
     result: dict[str, nn.Module] = {}
     for name, old in list(all_names(model)):
@@ -134,7 +134,7 @@ def densify(model: nn.Module) -> dict[str, nn.Module]:
             if id(old) not in made:
                 made[id(old)] = result[name] = old.to_dense()
                 made[id(old)].made_dense_by_slope = True  # type: ignore[assignment]
-            _replace(model, name, made[id(old)])
+            replace_module(model, name, made[id(old)])
     return result
 
 
@@ -173,7 +173,8 @@ def layer_seed(seed: int, name: str) -> int:
     return zlib.crc32(f"{seed}:{name}".encode())
 
 
-def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in the place of the one with that qualified name."""
     parent, _, child = name.rpartition(".")
     if not name:
         raise ConversionError(
@@ -182,7 +183,8 @@ def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, new)
 
 
-def _refuse_wrapped(model: nn.Module) -> None:
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise a ConversionError if a model is wrapped or sharded for distribution."""
     for name, module in model.named_modules():
         if isinstance(module, DistributedDataParallel | FullyShardedDataParallel | FSDPModule):
             raise ConversionError(
@@ -198,7 +200,8 @@ def _differences(old: SLoPeConfig, new: SLoPeConfig) -> str:
     return ", ".join(f"{key}={a[key]!r} instead of {b[key]!r}" for key in a if a[key] != b[key])
 
 
-def _log_dense_layers(dense: list[tuple[str, str]]) -> None:
+def log_dense_layers(dense: list[tuple[str, str]]) -> None:
+    """Log ``(name, reason)`` of the layers that stay dense, one line a reason."""
     by_reason: dict[str, list[str]] = defaultdict(list)
     for name, reason in dense:
         by_reason[reason].append(name)
