@@ -10,8 +10,9 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from recipes.bert_large.glue_optimizer import linear_schedule, parameter_groups
-from recipes.bert_large.glue_weights import architecture, name_labels, read_weights
-from slope_pl import SLoPeConfig, SLoPeLightningModule, dense_state_dict
+from recipes.bert_large.glue_weights import architecture, is_checkpoint, name_labels, read_weights
+from recipes.bert_large.pretrain_checkpoint import check_masks
+from slope_pl import SLoPeConfig, SLoPeLightningModule, dense_state_dict, sparse_layers
 from slope_pl.data import GlueDataModule, GlueScores
 from slope_pl.data.glue_metrics import combine
 from slope_pl.data.glue_tasks import task_info
@@ -25,9 +26,9 @@ class BertGlue(SLoPeLightningModule):
 
     Args:
         task: the data module's task; on the command line it is taken from --data.task.
-        weights: pretrained weights to start from: a folder with config.json and model.safetensors, or a hub id such as
-            google-bert/bert-large-uncased. Null starts from random weights. A hub id that cannot be reached is a loud
-            warning and random weights; see require_weights.
+        weights: pretrained weights to start from: a folder with config.json and model.safetensors, a hub id such as
+            google-bert/bert-large-uncased, or a .ckpt of recipes.bert_large.pretrain, whose masks are then kept. Null starts
+            from random weights. A hub id that cannot be reached is a loud warning and random weights; see require_weights.
         require_weights: stop instead when the hub cannot be reached.
         bert: the architecture; null takes that of the weights, and without weights BERT-Large (24 layers of 1024).
         slope: how the model is made sparse; null trains it dense.
@@ -84,7 +85,7 @@ class BertGlue(SLoPeLightningModule):
             try:
                 net = BertForSequenceClassification(self.bert or architecture(self.weights), classes)
                 if fresh:
-                    rank_zero_info(f"Weights from {self.weights}: {read_weights(net, self.weights, self.info)}.")
+                    rank_zero_info(read_weights(net, self.weights, self.info, self.slope_config))
                 return net
             except PretrainedUnavailableError as error:
                 if self.require_weights:
@@ -143,6 +144,12 @@ class BertGlue(SLoPeLightningModule):
         loss = F.mse_loss(logits.squeeze(1), labels) if self.info.regression else F.cross_entropy(logits, labels)
         self.log("train/loss", loss, prog_bar=True)
         return loss
+
+    def on_train_end(self) -> None:
+        """Check that the masks of the pretraining checkpoint are those of the end."""
+        if is_checkpoint(self.weights) and self.trainer.is_global_zero and sparse_layers(self):
+            layers = check_masks(self._model(), str(self.weights))
+            print(f"Masks of {layers} layers are still those of {self.weights}.", flush=True)
 
     def on_validation_epoch_start(self) -> None:
         """Start fresh scores over the evaluation sets."""

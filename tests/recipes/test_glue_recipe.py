@@ -10,6 +10,7 @@ import torch
 from recipes.bert_large.glue import main
 from recipes.bert_large.glue_module import BertGlue
 from recipes.bert_large.glue_sample import write_sample
+from recipes.bert_large.pretrain_module import BertPretraining
 from slope_pl import CheckpointError, SLoPeConfig, sparse_layers
 from slope_pl.data import TASKS, GlueDataModule
 from slope_pl.models import BertConfig, BertForSequenceClassification, PretrainedMismatchError, save_pretrained
@@ -202,9 +203,39 @@ def test_head_of_another_size_is_refused(folder, tmp_path):
         run(tmp_path, "fit", folder, "--model.weights", str(tmp_path / "three"))
 
 
-def test_lightning_checkpoint_as_weights_is_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"a Lightning checkpoint; a folder with config\.json"):
-        run(tmp_path, "fit", folder, "--model.weights", "some/last.ckpt", "--model.bert", "null")
+def pretrained(path, slope):
+    """A checkpoint of the pretraining recipe, from weights of its own."""
+    torch.manual_seed(11)
+    module = BertPretraining(bert=BertConfig.from_dict(TINY), slope=slope)
+    module.configure_model()
+    content = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams), "global_step": 70}
+    content["hyper_parameters"]["slope"] = None if slope is None else slope.to_dict()
+    module.on_save_checkpoint(content)
+    if slope is not None:
+        layers = list(sparse_layers(module))
+        content["slope_pl"] = {"format": 1, "version": "0", "config": slope.to_dict(), "layers": layers}
+    torch.save(content, path)
+    return content["state_dict"]
+
+
+def test_a_sparse_pretraining_checkpoint_keeps_its_masks(folder, tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    file = tmp_path / "pretrained.ckpt"
+    saved = pretrained(file, SLoPeConfig())
+    weights = ["--model.weights", str(file), "--model.bert", "null"]
+    result = run(tmp_path / "runs", "fit", folder, *weights, "--model.slope.backward_refresh_steps", "10")
+    assert f"layers are still those of {file}" in capsys.readouterr().out
+    state = torch.load(result["checkpoint"], weights_only=True)["state_dict"]
+    masks = [name for name in state if name.endswith(".indices")]
+    assert len(masks) > 5
+    for name in masks:
+        assert torch.equal(state[name], saved[name]), name
+    assert not torch.equal(state[masks[0].replace("indices", "values")], saved[masks[0].replace("indices", "values")])
+
+
+def test_a_file_that_is_no_pretraining_checkpoint_is_refused(folder, tmp_path, fitted):
+    with pytest.raises(CheckpointError):
+        run(tmp_path, "fit", folder, "--model.weights", fitted["checkpoint"], "--model.bert", "null")
 
 
 @pytest.mark.parametrize(
