@@ -76,7 +76,7 @@ FAMILIES = {
         rates=(1e-3, 2e-3, 4e-3),
     ),
 }
-# What is compared if nothing is said: the methods of the issue; on a laptop, those that take a minute.
+# What is compared if nothing is said: the methods of the paper and of our own lead; on a laptop, those that take a minute.
 DEFAULT = {
     "novels": ("dense", "slope r=0", "slope r=16", "transposable r=0", "transposable r=16", "srste r=0", "fst"),
     "tiny": ("dense", "slope r=4", "transposable r=4"),
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--csv", type=Path, required=True, help="results; curves go into a second file beside it")
     add = runner.add_argument
     add("--family", choices=[*FAMILIES], help="default: novels with a GPU and a text, else tiny")
-    add("--methods", nargs="+", metavar="METHOD", help="default: those of the issue; 'all'; " + _known())
+    add("--methods", nargs="+", metavar="METHOD", help="default: dense, slope, transposable, srste and fst; 'all'; " + _known())
     add("--add", action="append", default=[], metavar="'NAME: CONFIG.yaml ARGUMENTS'", help="a method of your own")
     add("--rates", nargs="+", type=float, help="peak learning rates")
     add("--seeds", nargs="+", type=int, default=[0], help="of weights and order of the data")
