@@ -95,7 +95,12 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--csv", type=Path, required=True, help="results; curves go into a second file beside it")
     add = runner.add_argument
     add("--family", choices=[*FAMILIES], help="default: novels with a GPU and a text, else tiny")
-    add("--methods", nargs="+", metavar="METHOD", help="default: dense, slope, transposable, srste and fst; 'all'; " + _known())
+    add(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help="default: dense, slope, transposable, srste and fst; 'all'; " + _known(),
+    )
     add("--add", action="append", default=[], metavar="'NAME: CONFIG.yaml ARGUMENTS'", help="a method of your own")
     add("--rates", nargs="+", type=float, help="peak learning rates")
     add("--seeds", nargs="+", type=int, default=[0], help="of weights and order of the data")
