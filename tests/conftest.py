@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+# Lightning leaves these in the environment after a fit by DDP; a process started later would take itself for a rank of it.
+_LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "GLOBAL_RANK", "RANK", "WORLD_SIZE")
 GPU_REQUIRED = os.environ.get("SLOPE_REQUIRE_GPU") == "1"
 
 
@@ -22,7 +24,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _clean_state() -> Iterator[None]:
     """The same seed for every test, and nothing left for the next one."""
     torch.manual_seed(0)
+    before = {name: os.environ.get(name) for name in _LAUNCH}
     yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
     torch.set_default_dtype(torch.float32)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
