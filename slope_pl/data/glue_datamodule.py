@@ -3,20 +3,17 @@
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from slope_pl.data.glue import HUB, GlueExample, find_glue_file, is_local, load_hub_split, read_glue
+from slope_pl.data.glue import HUB, find_glue_file, is_local, load_hub_split, read_glue
 from slope_pl.data.glue_rows import GlueRows, build_rows
 from slope_pl.data.glue_tasks import task_info
-from slope_pl.data.squad_datamodule import EpochSampler, ResumableDataLoader
+from slope_pl.data.loading import Batch, EpochSampler, LoaderModule, ResumableDataLoader, subset
 from slope_pl.data.tokenizer import load_wordpiece
 
-Batch = dict[str, Tensor]
 _BUCKET = 50  # batches whose rows are sorted by length together
 
 
@@ -81,11 +78,7 @@ class RowLoader(ResumableDataLoader):
         return {"rows": found.pop("windows"), **found, "length_buckets": int(isinstance(self.sampler, BucketSampler))}
 
 
-def _as_is(batch: Batch) -> Batch:
-    return batch
-
-
-class GlueDataModule(pl.LightningDataModule):
+class GlueDataModule(LoaderModule):
     """A task of GLUE as rows of tokens.
 
     Batches are dictionaries: int64 ``input_ids``, ``attention_mask``, ``token_type_ids`` of shape ``(batch, T)``, where T is
@@ -182,7 +175,7 @@ class GlueDataModule(pl.LightningDataModule):
     def _read(self, split: str) -> GlueRows:
         examples = read_glue(self.source, self.task, split, self.on_bad_row)
         examples = (
-            _subset(examples, self.max_train_rows, self.seed) if split == "train" else examples[: self.max_dev_rows]
+            subset(examples, self.max_train_rows, self.seed) if split == "train" else examples[: self.max_dev_rows]
         )
         tokenizer = load_wordpiece(self.tokenizer)
         self._vocab_size = tokenizer.get_vocab_size()
@@ -193,11 +186,6 @@ class GlueDataModule(pl.LightningDataModule):
         )
         return rows
 
-    def _ready(self, value: Any, name: str) -> Any:
-        if not value:
-            raise RuntimeError(f"{name} is not there yet: call prepare_data() and setup() first")
-        return value
-
     @property
     def train_rows(self) -> GlueRows:
         """Training rows, after ``setup("fit")``."""
@@ -206,28 +194,17 @@ class GlueDataModule(pl.LightningDataModule):
     @property
     def dev_rows(self) -> dict[str, GlueRows]:
         """Evaluation sets by name, in the order of the loaders, after `setup`."""
-        return self._ready(self._dev, "dev_rows")
+        return self._ready(self._dev or None, "dev_rows")
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens in the vocabulary, after `setup`."""
         return self._ready(self._vocab_size, "vocab_size")
 
-    def _loader_options(self) -> dict[str, Any]:
-        return {
-            "num_workers": self.num_workers,
-            "collate_fn": _as_is,
-            "pin_memory": torch.cuda.is_available(),
-            # Otherwise each pass draws a seed from the global generator, and a resumed run, which makes one pass more,
-            # would see other dropout masks.
-            "generator": torch.Generator(),
-        }
-
     def train_dataloader(self) -> RowLoader:
         """Shuffled training rows of this rank; the order is a function of ``(seed, epoch)``."""
         dataset = RowDataset(self.train_rows, self.pad_to)
-        ranks = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {"num_replicas": 1, "rank": 0}
-        options = {**ranks, "shuffle": True, "seed": self.seed}
+        options: dict[str, Any] = {**self._ranks, "shuffle": True, "seed": self.seed}
         sampler = (
             BucketSampler(dataset, self.batch_size, **options)
             if self.length_buckets
@@ -245,10 +222,3 @@ class GlueDataModule(pl.LightningDataModule):
     def predict_dataloader(self) -> list[DataLoader[Batch]]:
         """The same as for validation."""
         return self.val_dataloader()
-
-
-def _subset(examples: list[GlueExample], most: int | None, seed: int) -> list[GlueExample]:
-    if most is None or most >= len(examples):
-        return examples
-    chosen = np.random.default_rng(seed).permutation(len(examples))[:most]
-    return [examples[i] for i in np.sort(chosen)]

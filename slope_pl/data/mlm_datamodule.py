@@ -13,10 +13,10 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
+from slope_pl.data.loading import ResumableDataLoader
 from slope_pl.data.mlm_pairs import Batch, MlmPairs
 from slope_pl.data.mlm_sentences import GroupedText, Sentences, SentenceTokenizer, load_sentence_tokenizer
 from slope_pl.data.mlm_spans import Spans, load_spans
-from slope_pl.data.squad_datamodule import ResumableDataLoader
 from slope_pl.data.text_datamodule import TextDataModule, WindowLoader, WindowSampler
 from slope_pl.data.text_prepare import prepare_shards
 from slope_pl.data.text_shards import PackedTokens, ShardIndex

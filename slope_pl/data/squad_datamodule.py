@@ -4,23 +4,18 @@ The training order is a function of ``(seed, epoch)``. `ResumableDataLoader` has
 loop saves with every checkpoint, so that a run stopped in the middle of an epoch goes on with the batches it had left.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 
+from slope_pl.data.loading import Batch, EpochSampler, LoaderModule, ResumableDataLoader, subset
 from slope_pl.data.squad import Split, SquadExample, find_squad_file, is_local, load_hub_split, read_squad
 from slope_pl.data.squad_windows import SquadWindows, build_windows, check_lengths
 from slope_pl.data.tokenizer import load_wordpiece
-
-Batch = dict[str, Tensor]
 
 
 class WindowDataset(Dataset[Batch]):
@@ -46,90 +41,7 @@ class WindowDataset(Dataset[Batch]):
         return {key: torch.from_numpy(v) for key, v in self.windows.batch(indices, self.positions).items()}
 
 
-def _as_is(batch: Batch) -> Batch:
-    return batch
-
-
-class EpochSampler(DistributedSampler[int]):
-    """Shuffled indices of one rank, a function of ``(seed, epoch)`` and the number of ranks.
-
-    Unlike its base class, which seeds with ``seed + epoch``, seed 0's second epoch is not seed 1's first. Ranks get the
-    same number of indices; the first few are repeated where needed. Lightning leaves a `DistributedSampler` as it is
-    and calls ``set_epoch``.
-    """
-
-    def __iter__(self) -> Iterator[int]:
-        state = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(state[0]) >> 1)
-        order = torch.randperm(len(self.dataset), generator=generator).numpy()  # type: ignore[arg-type]
-        return iter(np.resize(order, self.total_size)[self.rank :: self.num_replicas].tolist())
-
-
-class ResumableDataLoader(DataLoader[Batch]):
-    """A data loader that can be saved after any batch and goes on with the next one.
-
-    The state is the epoch of the sampler and the number of batches handed out (not those that workers have prepared).
-    After `load_state_dict` the next pass over that epoch leaves out as many batches; other epochs are complete. The
-    batches left out are made and thrown away, which takes well under a millisecond each here. ``len()`` is always that
-    of the whole epoch, as Lightning expects.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # Of its own: otherwise each pass draws the workers' seed from the numbers that dropout goes on with.
-        kwargs.setdefault("generator", torch.Generator())
-        super().__init__(*args, **kwargs)
-        self._epoch = self._batches = 0
-        self._resume: dict[str, int] | None = None
-
-    def _layout(self) -> dict[str, int]:
-        """What must not change for a position within an epoch to mean the same batches."""
-        sampler = self.sampler
-        names = {"seed": "seed", "num_replicas": "ranks"}
-        found = {name: int(getattr(sampler, key)) for key, name in names.items() if hasattr(sampler, key)}
-        return {"windows": len(self.dataset), "batch_size": self.batch_size or 0, **found}  # type: ignore[arg-type]
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the position: epoch, batches handed out, and the layout they belong to."""
-        return self._resume or {"epoch": self._epoch, "batches": self._batches, **self._layout()}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from a position, the next time its epoch is iterated."""
-        self._resume = dict(state_dict)
-
-    def _skip(self, epoch: int) -> int:
-        """How many batches of this epoch were handed out before the checkpoint.
-
-        Raises:
-            ValueError: The data, the seed, the batch size or the number of ranks changed in the middle of an epoch.
-        """
-        state, self._resume = self._resume, None
-        if state is None or state["epoch"] != epoch or state["batches"] == 0:
-            return 0
-        changed = [
-            f"{key} was {state[key]} and is {value}"
-            for key, value in self._layout().items()
-            if state.get(key, value) != value
-        ]
-        if changed:
-            raise ValueError(
-                f"the checkpoint lies in the middle of epoch {epoch}, after batch {state['batches']}, but "
-                f"{', '.join(changed)}. Resume with the old values, or from a checkpoint at the end of an epoch."
-            )
-        return state["batches"]
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        # A generator on purpose: Lightning calls iter() before it tells the sampler the epoch, and sometimes again
-        # after. Nothing below runs until the first batch is asked for, by which time the epoch is known.
-        epoch = int(getattr(self.sampler, "epoch", 0))
-        skip = self._skip(epoch)
-        self._epoch, self._batches = epoch, skip
-        for i, batch in enumerate(super().__iter__()):
-            if i >= skip:
-                self._batches = i + 1
-                yield batch
-
-
-class SquadDataModule(pl.LightningDataModule):
+class SquadDataModule(LoaderModule):
     """SQuAD v1.1 as windows of tokens.
 
     Batches are dictionaries of int64 tensors: ``input_ids``, ``attention_mask``, ``token_type_ids`` of shape
@@ -242,7 +154,7 @@ class SquadDataModule(pl.LightningDataModule):
         """
         if stage in ("fit", None) and self._train is None:
             examples = read_squad(self._place("train"), "train", self.on_bad_answer)
-            self._train = self._windows("train", _subset(examples, self.max_train_questions, self.seed))
+            self._train = self._windows("train", subset(examples, self.max_train_questions, self.seed))
         if self._dev is None:
             examples = read_squad(self._place("dev"), "dev", self.on_bad_answer)
             self._dev = self._windows("dev", examples[: self.max_dev_questions])
@@ -264,11 +176,6 @@ class SquadDataModule(pl.LightningDataModule):
         )
         return windows
 
-    def _ready(self, value: Any, name: str) -> Any:
-        if value is None:
-            raise RuntimeError(f"{name} is not there yet: call prepare_data() and setup() first")
-        return value
-
     @property
     def train_windows(self) -> SquadWindows:
         """Training windows, after ``setup("fit")``."""
@@ -289,21 +196,10 @@ class SquadDataModule(pl.LightningDataModule):
         """Id of ``[PAD]``, after `setup`."""
         return self._ready(self._pad, "pad")
 
-    def _loader_options(self) -> dict[str, Any]:
-        return {
-            "num_workers": self.num_workers,
-            "collate_fn": _as_is,
-            "pin_memory": torch.cuda.is_available(),
-            # Otherwise each pass draws a seed from the global generator, and a resumed run, which makes one pass more,
-            # would see other dropout masks.
-            "generator": torch.Generator(),
-        }
-
     def train_dataloader(self) -> ResumableDataLoader:
         """Shuffled training windows of this rank; the order is a function of ``(seed, epoch)``."""
         dataset = WindowDataset(self.train_windows, positions=True)
-        ranks = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {"num_replicas": 1, "rank": 0}
-        sampler = EpochSampler(dataset, **ranks, shuffle=True, seed=self.seed)
+        sampler = EpochSampler(dataset, **self._ranks, shuffle=True, seed=self.seed)
         return ResumableDataLoader(dataset, batch_size=self.batch_size, sampler=sampler, **self._loader_options())
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -314,10 +210,3 @@ class SquadDataModule(pl.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Batch]:
         """Evaluation windows in order, the same as for validation."""
         return self.val_dataloader()
-
-
-def _subset(examples: list[SquadExample], most: int | None, seed: int) -> list[SquadExample]:
-    if most is None or most >= len(examples):
-        return examples
-    chosen = np.random.default_rng(seed).permutation(len(examples))[:most]
-    return [examples[i] for i in np.sort(chosen)]

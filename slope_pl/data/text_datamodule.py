@@ -12,20 +12,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from slope_pl.data.bpe import END_OF_TEXT, TextTokenizer, load_bpe
-from slope_pl.data.squad_datamodule import EpochSampler, ResumableDataLoader
+from slope_pl.data.loading import Batch, EpochSampler, LoaderModule, ResumableDataLoader
 from slope_pl.data.text_prepare import describe_tokenizer, prepare_shards
 from slope_pl.data.text_shards import INDEX, VERSION, PackedTokens, ShardError, ShardIndex
 from slope_pl.data.text_sources import HubText, LocalText, TextSource, is_local_text
 
-Batch = dict[str, Tensor]
 _FIX = "call prepare_data() first, as the trainer does"
 
 
@@ -100,7 +97,7 @@ class WindowLoader(ResumableDataLoader):
             yield batch
 
 
-class TextDataModule(pl.LightningDataModule):
+class TextDataModule(LoaderModule):
     """Any text as windows of packed tokens.
 
     Batches are dictionaries of two int64 tensors of shape ``(batch, context)``: ``input_ids``, and ``targets``, which
@@ -314,16 +311,6 @@ class TextDataModule(pl.LightningDataModule):
         return index
 
     @property
-    def _ranks(self) -> dict[str, int]:
-        """``num_replicas`` and ``rank`` of this process."""
-        return (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {"num_replicas": 1, "rank": 0}
-
-    def _ready(self, value: Any, name: str) -> Any:
-        if value is None:
-            raise RuntimeError(f"{name} is not there yet: call prepare_data() and setup() first")
-        return value
-
-    @property
     def index(self) -> ShardIndex:
         """What was prepared: counts, fingerprints, after `setup`."""
         return self._ready(self._index, "index")
@@ -343,16 +330,6 @@ class TextDataModule(pl.LightningDataModule):
         """Highest token id plus one, after `setup`; 50257 for GPT-2."""
         return self.index.tokenizer["vocab_size"]
 
-    def _loader_options(self) -> dict[str, Any]:
-        return {
-            "num_workers": self.num_workers,
-            "collate_fn": _as_is,
-            "pin_memory": torch.cuda.is_available(),
-            # Otherwise each pass draws a seed from the global generator, and a resumed run, which makes one pass more,
-            # would see other dropout masks.
-            "generator": torch.Generator(),
-        }
-
     def train_dataloader(self) -> WindowLoader:
         """Shuffled training windows of this rank, full batches only; the order is a function of ``(seed, epoch)``."""
         windows = self.train_windows
@@ -369,7 +346,3 @@ class TextDataModule(pl.LightningDataModule):
         if not len(self.val_windows):
             return []
         return DataLoader(self.val_windows, batch_size=self.eval_batch_size, **self._loader_options())
-
-
-def _as_is(batch: Batch) -> Batch:
-    return batch

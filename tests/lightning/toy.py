@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from slope_pl import SLoPeCallback, SLoPeConfig
-from slope_pl.data.squad_datamodule import EpochSampler, ResumableDataLoader
+from slope_pl.data.loading import EpochSampler, ResumableDataLoader
 from tests.unit.reference import spread
 
 WIDTH, CLASSES = 16, 4

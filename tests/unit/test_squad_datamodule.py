@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from slope_pl.data import DataUnavailableError, SquadDataModule, SquadSpans
-from slope_pl.data.squad_datamodule import EpochSampler, ResumableDataLoader, WindowDataset
+from slope_pl.data.loading import EpochSampler, ResumableDataLoader
+from slope_pl.data.squad_datamodule import WindowDataset
 from tests.unit.test_squad_reading import SAMPLE, question, squad, write  # noqa: F401 - a fixture
 
 pytestmark = [
