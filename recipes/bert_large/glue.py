@@ -9,25 +9,26 @@
 Every config is laid over glue_base.yaml; any value can be overridden on the command line. glue_all.py runs all tasks.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 
 from recipes.bert_large.glue_module import BertGlue
-from recipes.bert_large.squad import SquadCLI
+from recipes.cli import RecipeCLI, exporter, run_recipe
 from slope_pl import CheckpointError
 from slope_pl.data import GlueDataModule, GlueScores
 
-BASE = str(Path(__file__).with_name("glue_base.yaml"))
+PROG = "python -m recipes.bert_large.glue"
 EPOCHS, EPOCHS_OF = 3, {"cola": 5}  # published
 
 
-class GlueCLI(SquadCLI):
-    """The SQuAD recipe's command line, over glue_base.yaml and with a task."""
+class GlueCLI(RecipeCLI):
+    """With a task that data and model share."""
+
+    stages = ("fit", "validate", "predict")
+    advice = "use glue.yaml with sparse checkpoints and glue_dense.yaml with dense ones"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The model's head is the task's."""
@@ -86,41 +87,17 @@ def _check_kind(saved: dict[str, Any], dense: bool, task: str) -> None:
         )
 
 
-def export(arguments: list[str]) -> None:
-    """Write a checkpoint as a dense Hugging Face model, with the task and its class names."""
-    parser = ArgumentParser(prog="python -m recipes.bert_large.glue export", description=export.__doc__)
-    parser.add_argument("--ckpt_path", type=str, required=True, help="a checkpoint of this recipe, dense or sparse")
-    parser.add_argument("--folder", type=str, required=True, help="where config.json and model.safetensors go")
-    options = parser.parse_args(arguments)
-    module = BertGlue.load_from_checkpoint(options.ckpt_path, map_location="cpu", weights_only=True)
-    module.export(options.folder)
-    print(f"Dense Hugging Face model: {options.folder}")
-
-
-def main(arguments: list[str] | None = None) -> LightningCLI | None:
+def main(arguments: list[str] | None = None) -> RecipeCLI | None:
     """Run a subcommand; see the module's docstring."""
-    given = sys.argv[1:] if arguments is None else arguments
-    if given[:1] == ["export"]:
-        export(given[1:])
-        return None
-    # Without allow_abbrev=False the misspelt --trainer.max_step would be taken for --trainer.max_steps.
-    parser_options: dict[str, Any] = {
-        "allow_abbrev": False,
-        "prog": "python -m recipes.bert_large.glue",
-        "description": "BERT-Large on a task of GLUE, dense or 2:4 sparse. Configs lie over "
-        "recipes/bert_large/glue_base.yaml, and any value can be overridden. The settings of the sparse method: "
-        "fit --model.slope.help. A checkpoint as a dense Hugging Face folder: export --help.",
-    }
-    for name in GlueCLI.subcommands():
-        parser_options[name] = {"default_config_files": [BASE]}
-    return GlueCLI(
+    return run_recipe(
+        GlueCLI,
         BertGlue,
         GlueDataModule,
-        args=arguments,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        auto_configure_optimizers=False,
-        parser_kwargs=parser_options,
+        base=Path(__file__).with_name("glue_base.yaml"),
+        prog=PROG,
+        description="BERT-Large on a task of GLUE, dense or 2:4 sparse. Configs lie over recipes/bert_large/glue_base.yaml.",
+        arguments=arguments,
+        own={"export": exporter(BertGlue, PROG)},
     )
 
 

@@ -9,56 +9,22 @@
 Every config is laid over base.yaml; any value can be overridden on the command line.
 """
 
-import sys
 from pathlib import Path
-from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
-from lightning.pytorch.cli import LightningCLI
 
 from recipes.bert_large.module import BertSquad
-from slope_pl import CheckpointError
+from recipes.cli import RecipeCLI, exporter, run_recipe
 from slope_pl.data import SquadDataModule, decode_predictions, write_predictions
 
-BASE = str(Path(__file__).with_name("base.yaml"))
+PROG = "python -m recipes.bert_large.squad"
 
 
-class SquadCLI(LightningCLI):
-    """Lightning's command line over one base config."""
+class SquadCLI(RecipeCLI):
+    """Without ``test``: SQuAD's test set is not public."""
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Lightning's, without ``test``: SQuAD's test set is not public."""
-        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "test"}
-
-    def before_fit(self) -> None:
-        """A run that continues from a checkpoint does not read pretrained weights first."""
-        self._note_checkpoint()
-
-    before_validate = before_predict = before_fit
-
-    def _parse_ckpt_path(self) -> None:
-        """Take the model's settings from the checkpoint, as Lightning does, but say where they replace the given ones."""
-        given = self._model_settings()
-        super()._parse_ckpt_path()
-        used = self._model_settings()
-        if (given.get("slope") is None) != (used.get("slope") is None):
-            kinds = ["dense" if settings.get("slope") is None else "2:4 sparse" for settings in (used, given)]
-            raise CheckpointError(
-                f"the checkpoint is of a {kinds[0]} model, the configuration is {kinds[1]}: use "
-                "squad.yaml with sparse checkpoints and squad_dense.yaml with dense ones"
-            )
-        for key in used:
-            if key not in ("weights", "bert") and used[key] != given.get(key):
-                print(f"From the checkpoint: model.{key} = {used[key]} (not {given.get(key)})", file=sys.stderr)
-
-    def _model_settings(self) -> dict[str, Any]:
-        section = self.config.get(self.config.get("subcommand") or "", {})
-        return dict(section["model"].as_dict()) if "model" in section else {}
-
-    def _note_checkpoint(self) -> None:
-        self.model.restores_checkpoint = self.config[self.subcommand].ckpt_path is not None
+    stages = ("fit", "validate", "predict")
+    advice = "use squad.yaml with sparse checkpoints and squad_dense.yaml with dense ones"
 
     def after_predict(self) -> None:
         """Write the answers in the format of SQuAD's evaluation script."""
@@ -74,41 +40,17 @@ class SquadCLI(LightningCLI):
         print(f"Answers: {file}")
 
 
-def export(arguments: list[str]) -> None:
-    """Write a checkpoint as a dense Hugging Face model."""
-    parser = ArgumentParser(prog="python -m recipes.bert_large.squad export", description=export.__doc__)
-    parser.add_argument("--ckpt_path", type=str, required=True, help="a checkpoint of this recipe, dense or sparse")
-    parser.add_argument("--folder", type=str, required=True, help="where config.json and model.safetensors go")
-    options = parser.parse_args(arguments)
-    module = BertSquad.load_from_checkpoint(options.ckpt_path, map_location="cpu", weights_only=True)
-    module.export(options.folder)
-    print(f"Dense Hugging Face model: {options.folder}")
-
-
-def main(arguments: list[str] | None = None) -> SquadCLI | None:
+def main(arguments: list[str] | None = None) -> RecipeCLI | None:
     """Run a subcommand; see the module's docstring."""
-    given = sys.argv[1:] if arguments is None else arguments
-    if given[:1] == ["export"]:
-        export(given[1:])
-        return None
-    # Without allow_abbrev=False the misspelt --trainer.max_step would be taken for --trainer.max_steps.
-    parser_options: dict[str, Any] = {
-        "allow_abbrev": False,
-        "prog": "python -m recipes.bert_large.squad",
-        "description": "BERT-Large on SQuAD v1.1, dense or 2:4 sparse. Configs lie over recipes/bert_large/base.yaml, and any "
-        "value can be overridden. The settings of the sparse method: fit --model.slope.help. A checkpoint as a dense "
-        "Hugging Face folder: export --help.",
-    }
-    for name in SquadCLI.subcommands():
-        parser_options[name] = {"default_config_files": [BASE]}
-    return SquadCLI(
+    return run_recipe(
+        SquadCLI,
         BertSquad,
         SquadDataModule,
-        args=arguments,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        auto_configure_optimizers=False,
-        parser_kwargs=parser_options,
+        base=Path(__file__).with_name("base.yaml"),
+        prog=PROG,
+        description="BERT-Large on SQuAD v1.1, dense or 2:4 sparse. Configs lie over recipes/bert_large/base.yaml.",
+        arguments=arguments,
+        own={"export": exporter(BertSquad, PROG)},
     )
 
 

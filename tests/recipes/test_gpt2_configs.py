@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recipes.gpt2.pretrain import main, with_families
+from recipes.cli import lay_over
+from recipes.gpt2.pretrain import main
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes" / "gpt2"
@@ -66,13 +67,13 @@ def test_siblings_differ_in_the_method_alone(family, capsys):
 
 def test_a_sibling_lies_over_its_family(tmp_path):
     novels, sibling = str(CONFIGS["novels"]), str(CONFIGS["novels_slope"])
-    assert with_families(["fit", "--config", sibling]) == ["fit", "--config", novels, "--config", sibling]
-    assert with_families(["fit", "-c", sibling, "--x", "1"]) == ["fit", "--config", novels, "-c", sibling, "--x", "1"]
-    assert with_families(["fit", f"--config={sibling}"]) == ["fit", "--config", novels, f"--config={sibling}"]
+    assert lay_over(["fit", "--config", sibling]) == ["fit", "--config", novels, "--config", sibling]
+    assert lay_over(["fit", "-c", sibling, "--x", "1"]) == ["fit", "--config", novels, "-c", sibling, "--x", "1"]
+    assert lay_over(["fit", f"--config={sibling}"]) == ["fit", "--config", novels, f"--config={sibling}"]
     given = ["fit", "--config", novels, "--config", sibling]
-    assert with_families(given) == given
+    assert lay_over(given) == given
     alone = str(tmp_path / "my_own.yaml")
-    assert with_families(["fit", "--config", alone]) == ["fit", "--config", alone]
+    assert lay_over(["fit", "--config", alone]) == ["fit", "--config", alone]
 
 
 @pytest.mark.parametrize("rank", [0, 4, 16])

@@ -10,8 +10,9 @@ import torch
 import yaml
 
 from recipes.bert_large import pretrain_launch
-from recipes.bert_large.pretrain import main, with_siblings
+from recipes.bert_large.pretrain import main
 from recipes.bert_large.pretrain_module import polynomial_rate
+from recipes.cli import lay_over
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes/bert_large"
@@ -122,9 +123,9 @@ def test_a_config_is_laid_over_those_that_it_continues(form):
     ):  # fmt: skip
         own = [part.format(CONFIGS[name]) for part in form]
         before = [word for sibling in under for word in ("--config", str(CONFIGS[sibling]))]
-        assert with_siblings(["fit", *own, "--x", "1"]) == ["fit", *before, *own, "--x", "1"]
+        assert lay_over(["fit", *own, "--x", "1"]) == ["fit", *before, *own, "--x", "1"]
         if under:
-            assert with_siblings(["fit", *before, *own]) == ["fit", *before, *own]
+            assert lay_over(["fit", *before, *own]) == ["fit", *before, *own]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,163 @@
+"""The command line of every recipe: Lightning's, over base configs, with checkpoints that say what they replace."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LightningCLI
+
+from slope_pl import CheckpointError
+
+Own = dict[str, Callable[[list[str]], None]]
+_ALWAYS = (
+    "Any value can be overridden. The settings of the sparse method: fit --model.slope.help. A checkpoint as a dense Hugging Face "
+    "folder: export --help."
+)
+
+
+class RecipeCLI(LightningCLI):
+    """Lightning's command line, for modules with ``restores_checkpoint``.
+
+    Attributes:
+        stages: Lightning's subcommands that mean something in the recipe.
+        silent: settings of the model that a checkpoint may replace without a word.
+        advice: what to do about a checkpoint of another kind.
+    """
+
+    stages: ClassVar[tuple[str, ...]] = ("fit", "validate")
+    silent: ClassVar[tuple[str, ...]] = ("weights", "bert")
+    advice: ClassVar[str]
+
+    @classmethod
+    def subcommands(cls) -> dict[str, set[str]]:
+        """Those of ``stages``."""
+        return {name: LightningCLI.subcommands()[name] for name in cls.stages}
+
+    @staticmethod
+    def kind(settings: dict[str, Any]) -> str:
+        """What a model with these settings is called."""
+        return "dense" if settings.get("slope") is None else "2:4 sparse"
+
+    def before_fit(self) -> None:
+        """A run that continues from a checkpoint does not read other weights first."""
+        self.model.restores_checkpoint = self.config[self.subcommand].ckpt_path is not None
+
+    before_validate = before_predict = before_fit
+
+    def _parse_ckpt_path(self) -> None:
+        """Take the model's settings from the checkpoint, as Lightning does, but say where they replace the given ones."""
+        given = self._model_settings()
+        super()._parse_ckpt_path()
+        used = self._model_settings()
+        if self.kind(given) != self.kind(used):
+            raise CheckpointError(
+                f"the checkpoint is of a {self.kind(used)} model, the configuration is {self.kind(given)}: {self.advice}"
+            )
+        for key in used:
+            if key not in self.silent and used[key] != given.get(key):
+                print(f"From the checkpoint: model.{key} = {used[key]} (not {given.get(key)})", file=sys.stderr)
+
+    def _model_settings(self) -> dict[str, Any]:
+        section = self.config.get(self.config.get("subcommand") or "", {})
+        return dict(section["model"].as_dict()) if "model" in section else {}
+
+
+def run_recipe(
+    cli: type[RecipeCLI],
+    module: type[pl.LightningModule],
+    data: type[pl.LightningDataModule],
+    base: Path,
+    prog: str,
+    description: str,
+    arguments: list[str] | None,
+    own: Own,
+    lay: bool = False,
+) -> RecipeCLI | None:
+    """Run a subcommand.
+
+    Args:
+        cli: the recipe's.
+        module: the model's class.
+        data: the data module's.
+        base: the config that every other is laid over.
+        prog: how the recipe is called, ``python -m recipes...``.
+        description: what the recipe does, and what its configs lie over; for ``--help``.
+        arguments: None for those of the process.
+        own: subcommands beside Lightning's, each called with the arguments after its name.
+        lay: whether a config also lies over those whose names it continues, see :func:`lay_over`.
+
+    Returns:
+        Lightning's command line, finished; None after a subcommand of the recipe's own.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    if given and given[0] in own:
+        own[given[0]](given[1:])
+        return None
+    if lay:
+        laid = lay_over(given)
+        if arguments is None:
+            sys.argv[1:] = (
+                laid  # and not args=, which Lightning warns of; processes that it starts begin with these, too
+            )
+        else:
+            arguments = laid
+    # Without allow_abbrev=False the misspelt --trainer.max_step would be taken for --trainer.max_steps.
+    options: dict[str, Any] = {"allow_abbrev": False, "prog": prog, "description": f"{description} {_ALWAYS}"}
+    options |= {name: {"default_config_files": [str(base)]} for name in cli.subcommands()}
+    return cli(
+        module,
+        data,
+        args=arguments,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        auto_configure_optimizers=False,
+        parser_kwargs=options,
+    )
+
+
+def checkpoint_parser(prog: str, description: str | None) -> ArgumentParser:
+    """A parser of a subcommand that takes a checkpoint."""
+    parser = ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--ckpt_path", type=str, required=True, help="a checkpoint of this recipe, dense or sparse")
+    return parser
+
+
+def exporter(module: type[Any], prog: str) -> Callable[[list[str]], None]:
+    """The subcommand ``export`` of a recipe whose module has ``export(folder)``."""
+
+    def export(arguments: list[str]) -> None:
+        parser = checkpoint_parser(f"{prog} export", "Write a checkpoint as a dense Hugging Face model.")
+        parser.add_argument("--folder", type=str, required=True, help="where config.json and model.safetensors go")
+        options = parser.parse_args(arguments)
+        module.load_from_checkpoint(options.ckpt_path, map_location="cpu", weights_only=True).export(options.folder)
+        print(f"Dense Hugging Face model: {options.folder}")
+
+    return export
+
+
+def lay_over(arguments: list[str]) -> list[str]:
+    """Put ``--config novels.yaml`` before ``--config novels_slope.yaml``, where that file is.
+
+    A config is laid over every file beside it whose name it continues after an underscore, the shortest lowest.
+    """
+    laid: list[str] = []
+    after_flag = False
+    for argument in arguments:
+        flag, _, joined = argument.partition("=")
+        given = argument if after_flag else joined if flag in ("--config", "-c") else ""
+        for under in _under(Path(given)) if given else []:
+            if str(under) not in laid:
+                at = len(laid) - after_flag
+                laid[at:at] = ["--config", str(under)]
+        laid.append(argument)
+        after_flag = argument in ("--config", "-c")
+    return laid
+
+
+def _under(config: Path) -> list[Path]:
+    parts = config.stem.split("_")
+    shorter = [config.with_name("_".join(parts[:n]) + config.suffix) for n in range(1, len(parts))]
+    return [path for path in shorter if path.is_file()]
