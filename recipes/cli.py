@@ -13,8 +13,8 @@ from slope_pl import CheckpointError
 
 Own = dict[str, Callable[[list[str]], None]]
 _ALWAYS = (
-    "Any value can be overridden. The settings of the sparse method: fit --model.slope.help. A checkpoint as a dense Hugging Face "
-    "folder: export --help."
+    "Any value can be overridden. The settings of the sparse method: fit --model.slope.help. A checkpoint as a dense Hugging "
+    "Face folder: export --help."
 )
 
 

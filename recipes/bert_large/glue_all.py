@@ -12,32 +12,22 @@ are not the runner's own go to every run (--trainer.max_epochs 5).
 """
 
 import argparse
-import contextlib
 import itertools
-import json
-import os
 import shlex
-import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from recipes import launching
 from recipes.bert_large.glue_ledger import Result, Run, append, read
 from recipes.bert_large.glue_plan import HERE, RATES, Place, choose_place, choose_tasks
 from recipes.bert_large.glue_report import best_rates, report
+from recipes.launching import RunError
 from slope_pl.data.glue_tasks import TASKS
 from slope_pl.sparsity import MASK_KINDS
-
-ROOT = HERE.parent.parent
-
-
-class RunError(RuntimeError):
-    """A run failed; the message has the end of its log."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -175,43 +165,18 @@ def train(run: Run, place: Place, options: argparse.Namespace) -> Result:
     """Make one run and read what it left."""
     name = f"{run.task}-{run.label}-{run.rate:g}-{run.seed}".replace(" ", "").replace(",", "-").replace(":", "")
     folder = options.runs.absolute() / name
-    folder.mkdir(parents=True, exist_ok=True)
-    before, log = set(folder.glob("**/result-fit.json")), folder / "log.txt"
+    # A model of two layers gives several threads nothing to do but wait for each other.
+    threads = {"OMP_NUM_THREADS": "1"} if place.config == "glue_sample.yaml" else {}
     arguments = command_line(run, place, folder)
-    with log.open("w", encoding="utf-8") as stream:
-        status = _here(arguments, stream) if options.in_process else _elsewhere(arguments, stream, place)
-    written = set(folder.glob("**/result-fit.json")) - before
-    if status or not written:
-        end = "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
-        raise RunError(f"status {status}; the end of {log}:\n{end}")
-    (file,) = written
-    found = json.loads(file.read_text(encoding="utf-8"))
-    if found["val_step"] != found["steps"]:
-        raise RunError(f"{file}: the last validation was at step {found['val_step']} of {found['steps']}")
+    _, found = launching.train_and_read("recipes.bert_large.glue", glue, arguments, folder, options.in_process, threads)
     return Result.of(found, run)
 
 
-def _elsewhere(arguments: list[str], stream: Any, place: Place) -> int:
-    command = [sys.executable, "-m", "recipes.bert_large.glue", *arguments]
-    print(shlex.join(command), file=stream, flush=True)
-    # A model of two layers gives several threads nothing to do but wait for each other.
-    threads = {"OMP_NUM_THREADS": "1"} if place.config == "glue_sample.yaml" else {}
-    environment = threads | dict(os.environ)
-    return subprocess.run(command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT).returncode
+def glue(arguments: list[str]) -> object:
+    """The recipe's own command line; imported where it is called, because a process of its own mostly does that."""
+    from recipes.bert_large.glue import main as recipe
 
-
-def _here(arguments: list[str], stream: Any) -> int:
-    from recipes.bert_large.glue import main as glue
-
-    print(shlex.join(["python", "-m", "recipes.bert_large.glue", *arguments]), file=stream, flush=True)
-    with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
-        try:
-            with contextlib.chdir(ROOT):
-                glue(arguments)
-            return 0
-        except (Exception, SystemExit):
-            traceback.print_exc()
-            return 1
+    return recipe(arguments)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from recipes.bert_large.glue_sample import write_sample
-from recipes.bert_large.launch import hub_is_reachable
+from recipes.launching import hub_is_reachable
 from slope_pl.data import DataUnavailableError
 from slope_pl.data.glue import HUB, find_glue_file, is_local
 from slope_pl.data.glue_tasks import TASKS, task_info

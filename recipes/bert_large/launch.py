@@ -6,20 +6,15 @@ command, for example ``-- --model.slope.adapter_rank 64``.
 """
 
 import argparse
-import json
-import os
-import shlex
-import socket
-import subprocess
 import sys
 from pathlib import Path
-from urllib.parse import urlparse
 
 import torch
 
+from recipes import launching
+from recipes.launching import ROOT
+
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
-SECONDS_TO_REACH_THE_HUB = 5
 
 
 def main() -> int:
@@ -35,26 +30,20 @@ def main() -> int:
     known, rest = parser.parse_known_args()
     rest = [argument for argument in rest if argument != "--"]
     overrides = [*plan(known.data, known.weights), "--trainer.logger.init_args.save_dir", known.runs, *rest]
-    before = set(Path(known.runs).glob("**/result-fit.json"))
-    status = run("fit", overrides)
-    if status:
+    status, fitted, checkpoint = launching.fit(run, known.runs, overrides)
+    if fitted is None:
         return status
-    fitted = newest(known.runs, "result-fit.json", before)
-    checkpoint = json.loads(fitted.read_text())["checkpoint"]
     if not checkpoint:
         print("This run wrote no checkpoint; there is nothing to validate.")
         return 0
-    before = set(Path(known.runs).glob("**/result-validate.json"))
-    status = run("validate", [*overrides, "--ckpt_path", checkpoint])
-    if status:
-        return status
-    return compare(fitted, newest(known.runs, "result-validate.json", before), checkpoint)
+    status, validated = launching.validate(run, known.runs, overrides, checkpoint)
+    return status if validated is None else compare(fitted, validated, checkpoint)
 
 
 def plan(data: str | None, weights: str | None) -> list[str]:
     """Arguments of the recipe for this machine, with a printed reason."""
     gpu = torch.cuda.is_available()
-    hub = hub_is_reachable()
+    hub = launching.hub_is_reachable()
     needs_hub = [what for what, given in (("data", data), ("weights", weights)) if given is None]
     real = gpu and (hub or not needs_hub)
     config = HERE / ("squad.yaml" if real else "squad_sample.yaml")
@@ -82,46 +71,18 @@ def plan(data: str | None, weights: str | None) -> list[str]:
     return arguments
 
 
-def hub_is_reachable() -> bool:
-    """Whether a connection to the hub opens within a few seconds."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return False
-    address = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    try:
-        with socket.create_connection((address.hostname, address.port or 443), timeout=SECONDS_TO_REACH_THE_HUB):
-            return True
-    except OSError:
-        return False
-
-
 def run(subcommand: str, arguments: list[str]) -> int:
-    """Run the recipe's own command line, shown so that it can be repeated by hand."""
-    command = [sys.executable, "-m", "recipes.bert_large.squad", subcommand, *arguments]
-    print(f"\n$ {shlex.join(['python', *command[1:]])}", flush=True)
-    environment = dict(os.environ)
-    if not torch.cuda.is_available():
-        # glibc raises this threshold as it sees large blocks freed, then keeps them in a heap that fragments: 7.5 GB
-        # at the peak instead of 6. A fixed one gives them back.
-        environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(16 << 20))
-    return subprocess.run(command, cwd=ROOT, env=environment).returncode
-
-
-def newest(runs: str, name: str, before: set[Path]) -> Path:
-    """The result file that the command just run has written."""
-    written = set(Path(runs).glob(f"**/{name}")) - before
-    if not written:
-        raise SystemExit(
-            f"The command left no {name} under {runs}/. Move the runs with --runs, not with the logger's save_dir."
-        )
-    return max(written, key=lambda path: path.stat().st_mtime)
+    """Run the recipe's own command line."""
+    # glibc raises this threshold as it sees large blocks freed, then keeps them in a heap that fragments: 7.5 GB at the peak
+    # instead of 6. A fixed one gives them back.
+    defaults = {} if torch.cuda.is_available() else {"MALLOC_MMAP_THRESHOLD_": str(16 << 20)}
+    return launching.run("recipes.bert_large.squad", subcommand, arguments, defaults)
 
 
 def compare(fitted: Path, validated: Path, checkpoint: str) -> int:
     """Say whether the checkpoint gives the scores that training ended with."""
-    a, b = (json.loads(path.read_text())["scores"] for path in (fitted, validated))
-    same = a == b
-    print(f"\nF1 at the end of training {a.get('val/f1'):.4f}, of the checkpoint {b.get('val/f1'):.4f}: ", end="")
-    print("the same." if same else "THEY DIFFER.")
+    words = "F1 at the end of training", "of the checkpoint"
+    same = launching.same_scores(fitted, validated, "val/f1", words, 4)
     print(f"Checkpoint  {checkpoint}\nLogs        tensorboard --logdir {fitted.parent}")
     return 0 if same else 1
 

@@ -37,7 +37,8 @@ def main(arguments: list[str] | None = None) -> RecipeCLI | None:
         MlmDataModule,
         base=Path(__file__).with_name("pretrain_base.yaml"),
         prog=PROG,
-        description="BERT pretraining, dense or 2:4 sparse, in two phases. Configs lie over recipes/bert_large/pretrain_base.yaml.",
+        description="BERT pretraining in two phases, dense or 2:4 sparse. Configs lie over "
+        "recipes/bert_large/pretrain_base.yaml.",
         arguments=arguments,
         own={"export": exporter(BertPretraining, PROG)},
         lay=True,

@@ -6,19 +6,15 @@ the bundled stories, to the end of both phases. Everything after ``--`` goes to 
 """
 
 import argparse
-import json
-import os
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
-from recipes.bert_large.launch import newest
+from recipes import launching
+from recipes.launching import ROOT
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
 
 
 def main() -> int:
@@ -42,19 +38,16 @@ def main() -> int:
         if number == 1 and checkpoint is not None:
             continue
         start = [] if checkpoint is None else ["--model.start_from", checkpoint]
-        before = set(Path(known.runs).glob("**/result-fit.json"))
-        if status := run("fit", [*arguments, *start, *shared]):
+        status, fitted, checkpoint = launching.fit(run, known.runs, [*arguments, *start, *shared])
+        if fitted is None:
             return status
-        fitted = newest(known.runs, "result-fit.json", before)
-        checkpoint = json.loads(fitted.read_text())["checkpoint"]
         if not checkpoint:
             print("This run wrote no checkpoint; the chain ends here.")
             return 0
-    before = set(Path(known.runs).glob("**/result-validate.json"))
-    if status := run("validate", [*phases[-1], *shared, "--ckpt_path", checkpoint]):
-        return status
+    assert checkpoint is not None
     assert fitted is not None
-    return compare(fitted, newest(known.runs, "result-validate.json", before), checkpoint)
+    status, validated = launching.validate(run, known.runs, [*phases[-1], *shared], checkpoint)
+    return status if validated is None else compare(fitted, validated, checkpoint)
 
 
 def plan(data: str | None, tokenizer: str | None) -> list[list[str]]:
@@ -83,22 +76,14 @@ def plan(data: str | None, tokenizer: str | None) -> list[list[str]]:
 
 
 def run(subcommand: str, arguments: list[str]) -> int:
-    """Run the recipe's own command line, shown so that it can be repeated by hand."""
-    command = [sys.executable, "-m", "recipes.bert_large.pretrain", subcommand, *arguments]
-    print(f"\n$ {shlex.join(['python', *command[1:]])}", flush=True)
-    environment = dict(os.environ)
-    if not torch.cuda.is_available():
-        # Products this small gain little from more threads, and lose most where other programs want the same cores.
-        environment.setdefault("OMP_NUM_THREADS", "1")
-    return subprocess.run(command, cwd=ROOT, env=environment).returncode
+    """Run the recipe's own command line."""
+    return launching.run("recipes.bert_large.pretrain", subcommand, arguments, launching.one_thread())
 
 
 def compare(fitted: Path, validated: Path, checkpoint: str) -> int:
     """Say whether the checkpoint gives the loss that training ended with."""
-    a, b = (json.loads(path.read_text())["scores"] for path in (fitted, validated))
-    same = a == b
-    print(f"\nLoss at the end of phase 2 {a['val/loss']:.6f}, of its checkpoint {b['val/loss']:.6f}: ", end="")
-    print("the same." if same else "THEY DIFFER.")
+    words = "Loss at the end of phase 2", "of its checkpoint"
+    same = launching.same_scores(fitted, validated, "val/loss", words, 6)
     print(f"Checkpoint  {checkpoint}\nLogs        tensorboard --logdir {fitted.parent.parent}")
     return 0 if same else 1
 

@@ -10,16 +10,10 @@ order and begin with the same weights. Options that are not the runner's own go 
 """
 
 import argparse
-import contextlib
-import gc
 import itertools
-import json
-import os
 import shlex
-import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +21,14 @@ from typing import Any
 
 import torch
 
-from recipes.gpt2.launch import data_arguments, environment
+from recipes import launching
+from recipes.gpt2.launch import data_arguments
 from recipes.gpt2.ledger import Curve, Result, append, append_curve, read, run_name
-from recipes.gpt2.meter import CURVE
 from recipes.gpt2.report import best_rates, draw, report
+from recipes.launching import RunError
+from recipes.meter import CURVE
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
 
 
 @dataclass(frozen=True)
@@ -216,14 +211,10 @@ def _own_method(text: str) -> tuple[str, str]:
     return name.strip(), settings.strip()
 
 
-class RunError(RuntimeError):
-    """A run failed; the message has the end of its log."""
-
-
 def command_line(plan: Plan, location: Sequence[str], folder: Path, checkpoints: bool) -> list[str]:
     """Arguments of recipes.gpt2.pretrain for one run."""
     config, *arguments = shlex.split(plan.settings)
-    callbacks = ["recipes.gpt2.meter.Meter", "recipes.gpt2.results.ResultTable"]
+    callbacks = ["recipes.meter.Meter", "recipes.gpt2.results.ResultTable"]
     return [
         *("fit", "--config", str(HERE / config), *location),
         *("--trainer.callbacks", f"[{', '.join(callbacks)}]"),
@@ -238,66 +229,21 @@ def train(plan: Plan, location: Sequence[str], options: argparse.Namespace) -> t
     """Make one run and read what it left."""
     words = "".join(c if c.isalnum() or c in "=." else "-" for c in f"{plan.method}-{plan.rate:g}-{plan.seed}")
     folder = options.runs.absolute() / f"{words}-{run_name(*plan.key)}"
-    folder.mkdir(parents=True, exist_ok=True)
-    before, log = set(folder.glob("**/result-fit.json")), folder / "log.txt"
     arguments = command_line(plan, location, folder, options.checkpoints)
-    with log.open("w") as stream:
-        status = _here(arguments, stream) if options.in_process else _elsewhere(arguments, stream)
-    written = set(folder.glob("**/result-fit.json")) - before
-    if status or not written:
-        end = "\n".join(log.read_text().splitlines()[-15:])
-        raise RunError(f"status {status}; the end of {log}:\n{end}")
-    (file,) = written
-    found = json.loads(file.read_text())
-    if found["val_step"] != found["steps"]:
-        raise RunError(f"{file}: the last validation was at step {found['val_step']} of {found['steps']}")
+    file, found = launching.train_and_read(
+        "recipes.gpt2.pretrain", pretrain, arguments, folder, options.in_process, launching.one_thread()
+    )
     result = Result.of(
         found, family=plan.family, method=plan.method, settings=plan.settings, rate=plan.rate, seed=plan.seed
     )
     return result, Curve.of(file.with_name(CURVE), result, options.curve_every)
 
 
-def _elsewhere(arguments: list[str], stream: Any) -> int:
-    command = [sys.executable, "-m", "recipes.gpt2.pretrain", *arguments]
-    print(shlex.join(command), file=stream, flush=True)
-    return subprocess.run(command, cwd=ROOT, env=environment(), stdout=stream, stderr=subprocess.STDOUT).returncode
+def pretrain(arguments: list[str]) -> object:
+    """The recipe's own command line; imported where it is called, because a process of its own mostly does that."""
+    from recipes.gpt2.pretrain import main as recipe
 
-
-def _here(arguments: list[str], stream: Any) -> int:
-    from recipes.gpt2.pretrain import main as pretrain
-
-    with _everything_into(stream):
-        try:
-            with contextlib.chdir(ROOT):
-                pretrain(arguments)
-            return 0
-        except (Exception, SystemExit):
-            traceback.print_exc()
-            return 1
-        finally:
-            # The next run begins with an empty device, and compiles anew: graphs hold on to the last run's model.
-            torch.compiler.reset()
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-
-
-@contextlib.contextmanager
-def _everything_into(stream: Any) -> Iterator[None]:
-    """Python's streams, and the process's own: Lightning's log handlers keep the ones that they were made with."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = os.dup(1), os.dup(2)
-    try:
-        for number in (1, 2):
-            os.dup2(stream.fileno(), number)
-        with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
-            yield
-    finally:
-        stream.flush()
-        for number, copy in zip((1, 2), saved, strict=True):
-            os.dup2(copy, number)
-            os.close(copy)
+    return recipe(arguments)
 
 
 if __name__ == "__main__":

@@ -6,17 +6,16 @@ end: tiny.yaml. Everything after ``--`` goes to the training command, for exampl
 """
 
 import argparse
-import json
 import os
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
+from recipes import launching
+from recipes.launching import ROOT
+
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
 
 
 def main() -> int:
@@ -35,20 +34,14 @@ def main() -> int:
     known, rest = parser.parse_known_args()
     rest = [argument for argument in rest if argument != "--"]
     overrides = [*plan(known.data, known.tokenizer), "--trainer.logger.init_args.save_dir", known.runs, *rest]
-    before = set(Path(known.runs).glob("**/result-fit.json"))
-    status = run("fit", overrides)
-    if status:
+    status, fitted, checkpoint = launching.fit(run, known.runs, overrides)
+    if fitted is None:
         return status
-    fitted = newest(known.runs, "result-fit.json", before)
-    checkpoint = json.loads(fitted.read_text())["checkpoint"]
     if not checkpoint:
         print("This run wrote no checkpoint; there is nothing to validate.")
         return 0
-    before = set(Path(known.runs).glob("**/result-validate.json"))
-    status = run("validate", [*overrides, "--ckpt_path", checkpoint])
-    if status:
-        return status
-    return compare(fitted, newest(known.runs, "result-validate.json", before), checkpoint)
+    status, validated = launching.validate(run, known.runs, overrides, checkpoint)
+    return status if validated is None else compare(fitted, validated, checkpoint)
 
 
 def plan(data: str | None, tokenizer: str | None) -> list[str]:
@@ -85,40 +78,14 @@ def data_arguments(data: str | None, tokenizer: str | None) -> list[str]:
 
 
 def run(subcommand: str, arguments: list[str]) -> int:
-    """Run the recipe's own command line, shown so that it can be repeated by hand."""
-    command = [sys.executable, "-m", "recipes.gpt2.pretrain", subcommand, *arguments]
-    print(f"\n$ {shlex.join(['python', *command[1:]])}", flush=True)
-    return subprocess.run(command, cwd=ROOT, env=environment()).returncode
-
-
-def environment() -> dict[str, str]:
-    """This process's environment; without a GPU, with one thread unless it says otherwise.
-
-    Products of this size gain little from more threads (tiny.yaml: 14,800 tokens/s with one, 20,300 with two), and lose most
-    of their speed where other programs want the same cores (3,500 with two): threads wait for each other.
-    """
-    found = dict(os.environ)
-    if not torch.cuda.is_available():
-        found.setdefault("OMP_NUM_THREADS", "1")
-    return found
-
-
-def newest(runs: str, name: str, before: set[Path]) -> Path:
-    """The result file that the command just run has written."""
-    written = set(Path(runs).glob(f"**/{name}")) - before
-    if not written:
-        raise SystemExit(
-            f"The command left no {name} under {runs}/. Move the runs with --runs, not with the logger's save_dir."
-        )
-    return max(written, key=lambda path: path.stat().st_mtime)
+    """Run the recipe's own command line."""
+    return launching.run("recipes.gpt2.pretrain", subcommand, arguments, launching.one_thread())
 
 
 def compare(fitted: Path, validated: Path, checkpoint: str) -> int:
     """Say whether the checkpoint gives the loss that training ended with."""
-    a, b = (json.loads(path.read_text())["scores"] for path in (fitted, validated))
-    same = a == b
-    print(f"\nLoss at the end of training {a.get('val/loss'):.6f}, of the checkpoint {b.get('val/loss'):.6f}: ", end="")
-    print("the same." if same else "THEY DIFFER.")
+    words = "Loss at the end of training", "of the checkpoint"
+    same = launching.same_scores(fitted, validated, "val/loss", words, 6)
     prompt = "--prompt '[\"There was once\"]'"
     print(
         f"Checkpoint  {checkpoint}\nLogs        tensorboard --logdir {fitted.parent}\nLoss curve  {fitted.parent}/loss.svg"

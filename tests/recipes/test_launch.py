@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+from recipes import launching
 from recipes.bert_large import launch
 
 
@@ -14,7 +15,7 @@ def machine(monkeypatch):
     def make(gpu: bool, hub: bool) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-        monkeypatch.setattr(launch, "hub_is_reachable", lambda: hub)
+        monkeypatch.setattr(launching, "hub_is_reachable", lambda: hub)
 
     return make
 
@@ -60,7 +61,7 @@ def test_a_result_of_an_earlier_run_is_not_taken_for_the_new_one(tmp_path):
     old = tmp_path / "result-fit.json"
     old.write_text("{}")
     with pytest.raises(SystemExit, match=r"left no result-fit\.json"):
-        launch.newest(str(tmp_path), "result-fit.json", before={old})
+        launching.newest(str(tmp_path), "fit", before={old})
 
 
 def test_a_failing_command_ends_the_run_with_its_status(machine, monkeypatch, tmp_path):
@@ -72,4 +73,4 @@ def test_a_failing_command_ends_the_run_with_its_status(machine, monkeypatch, tm
 
 def test_an_offline_hub_is_not_asked(monkeypatch):
     monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
-    assert launch.hub_is_reachable() is False
+    assert launching.hub_is_reachable() is False

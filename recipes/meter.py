@@ -46,6 +46,29 @@ class Meter(pl.Callback):
         """Median over the intervals; None before the first one."""
         return statistics.median(self._rates) if self._rates else None
 
+    def tokens_of(self, batch: dict[str, Tensor]) -> int:
+        """How many tokens a batch counts for: those that are predicted."""
+        return batch["targets"].numel()
+
+    def rows(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """For the table, as :func:`recipes.results.collect` takes them."""
+        return {
+            "steps": ("optimizer steps, tokens", f"{trainer.global_step:,}, {self.tokens:,}"),
+            "speed": {"tokens per second": f"{self.tokens_per_second or 0:,.0f}"},
+            "memory": {"peak memory": f"{self.peak_bytes / 2**30:.2f} GiB"},
+        }
+
+    @staticmethod
+    def measured(meter: "Meter | None") -> dict[str, Any]:
+        """For the result file; None where nothing was trained."""
+        return {
+            "tokens": meter and meter.tokens,
+            "tokens_per_second": meter and meter.tokens_per_second,
+            "seconds": meter and meter.seconds,
+            "peak_bytes": meter and meter.peak_bytes,
+            "val_step": meter and meter.last_val_step,
+        }
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock and a new file."""
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: they agree on it by talking
@@ -66,7 +89,7 @@ class Meter(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
         """Keep the loss; fetch what is kept when it is time to log."""
-        self.tokens += batch["targets"].numel() * trainer.world_size
+        self.tokens += self.tokens_of(batch) * trainer.world_size
         self._micro.append(outputs["loss"].detach())
         if trainer.global_step == self._step:
             return
