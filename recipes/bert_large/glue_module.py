@@ -1,27 +1,23 @@
 """BERT for the tasks of GLUE as a LightningModule, dense or 2:4 sparse."""
 
-import warnings
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
-from recipes.bert_large.glue_optimizer import linear_schedule, parameter_groups
-from recipes.bert_large.glue_weights import architecture, is_checkpoint, name_labels, read_weights
-from recipes.bert_large.pretrain_checkpoint import check_masks
-from slope_pl import SLoPeConfig, SLoPeLightningModule, dense_state_dict, sparse_layers
+from recipes.bert_large.finetuning import BertFineTuning, is_checkpoint
+from recipes.bert_large.glue_labels import name_labels, refuse_other_task
+from slope_pl import SLoPeConfig
 from slope_pl.data import GlueDataModule, GlueScores
 from slope_pl.data.glue_metrics import combine
 from slope_pl.data.glue_tasks import task_info
-from slope_pl.models import BertConfig, BertForSequenceClassification, PretrainedUnavailableError, save_pretrained
+from slope_pl.models import BertConfig, BertForSequenceClassification
 
 Batch = dict[str, Tensor]
 
 
-class BertGlue(SLoPeLightningModule):
+class BertGlue(BertFineTuning):
     """BERT that classifies a sentence or a pair (Devlin et al. 2018, section 4.1), or gives STS-B's score.
 
     Args:
@@ -51,57 +47,35 @@ class BertGlue(SLoPeLightningModule):
         warmup: float = 0.1,
     ) -> None:
         super().__init__(slope=slope)
-        for name, value, low, high in (
-            ("learning_rate", learning_rate, 0.0, 1.0),
-            ("weight_decay", weight_decay, -1e-9, 1.0),
-            ("adapter_weight_decay", adapter_weight_decay, -1e-9, 1.0),
-            ("warmup", warmup, -1e-9, 1.0),
-        ):
-            if not low < value < high:
-                raise ValueError(f"{name}={value}: a number between {max(low, 0):g} and {high:g} is expected")
+        self.take(
+            weights=weights,
+            require_weights=require_weights,
+            bert=bert,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            adapter_weight_decay=adapter_weight_decay,
+            warmup=warmup,
+        )
         self.info = task_info(task)
-        self.task, self.weights, self.require_weights = task, weights, require_weights
-        self.bert = BertConfig.from_dict(bert) if isinstance(bert, dict) else bert
-        self.learning_rate, self.warmup = learning_rate, warmup
-        self.weight_decay, self.adapter_weight_decay = weight_decay, adapter_weight_decay
-        self.restores_checkpoint = False
-        self.net: BertForSequenceClassification | None = None
+        self.task = task
         self._scores: dict[str, list[GlueScores]] = {}  # in lists, so that they are no submodules
         self.save_hyperparameters()
 
     # ------------------------------------------------------------------------------------------------ model
 
-    def configure_model(self) -> None:
-        """Build the net, load pretrained weights, then make it sparse: masks are chosen from what was loaded."""
-        if self.net is None:
-            self.net = self._build()
-        super().configure_model()
+    def new_net(self, config: BertConfig) -> BertForSequenceClassification:
+        """With a head for the task's classes, or its score."""
+        return BertForSequenceClassification(config, self.info.num_labels)
 
-    def _build(self) -> BertForSequenceClassification:
-        # A checkpoint that is about to be restored brings its own weights, and so does load_from_checkpoint.
-        fresh = self._trainer is not None and not self.restores_checkpoint
-        classes = self.info.num_labels
-        if self.weights is not None:
-            try:
-                net = BertForSequenceClassification(self.bert or architecture(self.weights), classes)
-                if fresh:
-                    rank_zero_info(read_weights(net, self.weights, self.info, self.slope_config))
-                return net
-            except PretrainedUnavailableError as error:
-                if self.require_weights:
-                    raise
-                if fresh:
-                    warnings.warn(
-                        f"STARTING FROM RANDOM WEIGHTS: {error} Scores will be those of an untrained model.",
-                        stacklevel=2,
-                    )
-        elif fresh:
-            rank_zero_info("Weights: none given, starting from random ones.")
-        return BertForSequenceClassification(self.bert or BertConfig.large(), classes)
+    def read_weights(self, net: nn.Module, source: str) -> str:
+        """As in the base class.
 
-    def _model(self) -> BertForSequenceClassification:
-        assert self.net is not None, "configure_model() builds it"
-        return self.net
+        Raises:
+            PretrainedMismatchError: if the weights' head is another task's.
+        """
+        if not is_checkpoint(source):
+            refuse_other_task(source, self.info)
+        return super().read_weights(net, source)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits ``(B, num_labels)`` of a batch of the data module."""
@@ -122,11 +96,7 @@ class BertGlue(SLoPeLightningModule):
 
     def _check_sizes(self) -> None:
         config, data = self._model().config, self._data()
-        if data.vocab_size > config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {data.vocab_size} tokens, the model's vocabulary {config.vocab_size}: "
-                "data.tokenizer and model.weights do not belong together"
-            )
+        self.check_vocabulary(data.vocab_size)
         if data.max_length > config.max_position_embeddings:
             raise ValueError(
                 f"data.max_length is {data.max_length}, but the model has {config.max_position_embeddings} positions: "
@@ -144,12 +114,6 @@ class BertGlue(SLoPeLightningModule):
         loss = F.mse_loss(logits.squeeze(1), labels) if self.info.regression else F.cross_entropy(logits, labels)
         self.log("train/loss", loss, prog_bar=True)
         return loss
-
-    def on_train_end(self) -> None:
-        """Check that the masks of the pretraining checkpoint are those of the end."""
-        if is_checkpoint(self.weights) and self.trainer.is_global_zero and sparse_layers(self):
-            layers = check_masks(self._model(), str(self.weights))
-            print(f"Masks of {layers} layers are still those of {self.weights}.", flush=True)
 
     def on_validation_epoch_start(self) -> None:
         """Start fresh scores over the evaluation sets."""
@@ -175,25 +139,9 @@ class BertGlue(SLoPeLightningModule):
         """Logits and row numbers."""
         return {"row_index": batch["row_index"], "logits": self(batch).float()}
 
-    # ------------------------------------------------------------------------------------------------ optimizer
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW with a linear warm-up and decay; adapters are a group of their own."""
-        groups = parameter_groups(self.named_parameters(), self.weight_decay, self.adapter_weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, eps=1e-6)
-        rate = linear_schedule(self.trainer.estimated_stepping_batches, self.warmup)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
     # ------------------------------------------------------------------------------------------------ saving
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the architecture: a checkpoint is enough to rebuild the model, wherever the weights came from."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["bert"] = self._model().config.to_dict()
-
     def export(self, folder: str) -> None:
-        """Write a dense Hugging Face model: zeros in place of pruned weights, awake adapters added in."""
-        net = self._model()
-        save_pretrained(net, folder, dense_state_dict(net))
+        """As in the base class, with the task and its class names."""
+        super().export(folder)
         name_labels(folder, self.info)

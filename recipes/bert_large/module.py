@@ -1,34 +1,19 @@
 """BERT for extractive question answering as a LightningModule, dense or 2:4 sparse."""
 
-import warnings
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
-from recipes.bert_large.pretrain_checkpoint import (
-    check_masks,
-    load_pretraining_checkpoint,
-    read_pretraining_checkpoint,
-)
-from slope_pl import SLoPeConfig, SLoPeLightningModule, dense_state_dict, sparse_layers
+from recipes.bert_large.finetuning import BertFineTuning
+from slope_pl import SLoPeConfig
 from slope_pl.data import SquadDataModule, SquadSpans
-from slope_pl.models import (
-    BertConfig,
-    BertForQuestionAnswering,
-    PretrainedUnavailableError,
-    load_config,
-    load_pretrained,
-    save_pretrained,
-)
+from slope_pl.models import BertConfig, BertForQuestionAnswering
 
 Batch = dict[str, Tensor]
 
 
-class BertSquad(SLoPeLightningModule):
+class BertSquad(BertFineTuning):
     """BERT that finds answers in a context (Devlin et al. 2018, section 4.2).
 
     Args:
@@ -60,61 +45,24 @@ class BertSquad(SLoPeLightningModule):
         max_answer_length: int = 30,
     ) -> None:
         super().__init__(slope=slope)
-        for name, value, low, high in (
-            ("learning_rate", learning_rate, 0.0, 1.0),
-            ("weight_decay", weight_decay, -1e-9, 1.0),
-            ("adapter_weight_decay", adapter_weight_decay, -1e-9, 1.0),
-            ("warmup", warmup, -1e-9, 1.0),
-        ):
-            if not low < value < high:
-                raise ValueError(f"{name}={value}: a number between {max(low, 0):g} and {high:g} is expected")
-        self.weights, self.require_weights = weights, require_weights
-        self.bert = BertConfig.from_dict(bert) if isinstance(bert, dict) else bert
-        self.learning_rate, self.warmup = learning_rate, warmup
-        self.weight_decay, self.adapter_weight_decay = weight_decay, adapter_weight_decay
+        self.take(
+            weights=weights,
+            require_weights=require_weights,
+            bert=bert,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            adapter_weight_decay=adapter_weight_decay,
+            warmup=warmup,
+        )
         self.n_best, self.max_answer_length = n_best, max_answer_length
-        self.restores_checkpoint = False
-        self.net: BertForQuestionAnswering | None = None
         self._spans: list[SquadSpans] = []  # a list, so that the metric is no submodule: it holds the data set
         self.save_hyperparameters()
 
     # ------------------------------------------------------------------------------------------------ model
 
-    def configure_model(self) -> None:
-        """Build the net, load pretrained weights, then make it sparse: masks are chosen from what was loaded."""
-        if self.net is None:
-            self.net = self._build()
-        super().configure_model()
-
-    def _build(self) -> BertForQuestionAnswering:
-        # A checkpoint that is about to be restored brings its own weights, and so does load_from_checkpoint.
-        fresh = self._trainer is not None and not self.restores_checkpoint
-        if self.weights is not None and self.weights.endswith(".ckpt"):
-            net = BertForQuestionAnswering(self.bert or read_pretraining_checkpoint(self.weights).bert)
-            if fresh:
-                rank_zero_info(load_pretraining_checkpoint(net, self.weights, self.slope_config).summary())
-            return net
-        if self.weights is not None:
-            try:
-                net = BertForQuestionAnswering(self.bert or load_config(self.weights))
-                if fresh:
-                    rank_zero_info(f"Weights from {self.weights}: {load_pretrained(net, self.weights).summary()}.")
-                return net
-            except PretrainedUnavailableError as error:
-                if self.require_weights:
-                    raise
-                if fresh:
-                    warnings.warn(
-                        f"STARTING FROM RANDOM WEIGHTS: {error} Scores will be those of an untrained model.",
-                        stacklevel=2,
-                    )
-        elif fresh:
-            rank_zero_info("Weights: none given, starting from random ones.")
-        return BertForQuestionAnswering(self.bert or BertConfig.large())
-
-    def _model(self) -> BertForQuestionAnswering:
-        assert self.net is not None, "configure_model() builds it"
-        return self.net
+    def new_net(self, config: BertConfig) -> BertForQuestionAnswering:
+        """With a head for start and end."""
+        return BertForQuestionAnswering(config)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Start and end logits, both ``(B, T)``, of a batch of the data module."""
@@ -122,12 +70,7 @@ class BertSquad(SLoPeLightningModule):
 
     def on_fit_start(self) -> None:
         """Fail before the first step, not inside an embedding, if vocabulary and model do not fit."""
-        rows = self._model().config.vocab_size
-        if self._data().vocab_size > rows:
-            raise ValueError(
-                f"the tokenizer has {self._data().vocab_size} tokens, the model's vocabulary {rows}: "
-                "data.tokenizer and model.weights do not belong together"
-            )
+        self.check_vocabulary(self._data().vocab_size)
 
     def _data(self) -> SquadDataModule:
         return self.trainer.datamodule  # type: ignore[attr-defined]
@@ -142,12 +85,6 @@ class BertSquad(SLoPeLightningModule):
         loss = (start + end) / 2
         self.log("train/loss", loss, prog_bar=True)
         return loss
-
-    def on_train_end(self) -> None:
-        """Check that the masks of the pretraining checkpoint are those of the end."""
-        if (self.weights or "").endswith(".ckpt") and self.trainer.is_global_zero and sparse_layers(self):
-            layers = check_masks(self._model(), str(self.weights))
-            print(f"Masks of {layers} layers are still those of {self.weights}.", flush=True)
 
     def on_validation_epoch_start(self) -> None:
         """Start a fresh score over the evaluation windows."""
@@ -176,41 +113,3 @@ class BertSquad(SLoPeLightningModule):
         """Logits and window numbers, as :func:`slope_pl.data.decode_predictions` takes them."""
         start_logits, end_logits = self(batch)
         return {"window_index": batch["window_index"], "start_logits": start_logits, "end_logits": end_logits}
-
-    # ------------------------------------------------------------------------------------------------ optimizer
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW with a linear warm-up and decay; adapters are a group of their own."""
-        total = self.trainer.estimated_stepping_batches
-        warmup = round(self.warmup * total)
-
-        def rate(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / (warmup + 1)
-            return max(0.0, (total - step) / max(1, total - warmup))
-
-        optimizer = torch.optim.AdamW(self._parameter_groups(), lr=self.learning_rate, eps=1e-6)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        groups: dict[str, list[nn.Parameter]] = {"weights": [], "no_decay": [], "adapters": []}
-        for name, parameter in self.named_parameters():
-            if "adapter_" in name:
-                groups["adapters"].append(parameter)
-            else:
-                groups["weights" if parameter.dim() > 1 else "no_decay"].append(parameter)
-        decay = {"weights": self.weight_decay, "no_decay": 0.0, "adapters": self.adapter_weight_decay}
-        return [{"params": ps, "weight_decay": decay[key], "name": key} for key, ps in groups.items() if ps]
-
-    # ------------------------------------------------------------------------------------------------ saving
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the architecture: a checkpoint is enough to rebuild the model, wherever the weights came from."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["bert"] = self._model().config.to_dict()
-
-    def export(self, folder: str) -> None:
-        """Write a dense Hugging Face model: zeros in place of pruned weights, awake adapters added in."""
-        net = self._model()
-        save_pretrained(net, folder, dense_state_dict(net))

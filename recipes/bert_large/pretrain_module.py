@@ -5,12 +5,14 @@ from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 
+from recipes.bert_large.finetuning import parameter_groups
 from recipes.bert_large.pretrain_checkpoint import (
     check_masks,
     load_pretraining_checkpoint,
@@ -240,16 +242,15 @@ class BertPretraining(SLoPeLightningModule):
         total = self.trainer.estimated_stepping_batches
         if not 0 < total < math.inf:
             raise ValueError("the number of steps is missing, and the schedule needs it: set trainer.max_steps")
-        groups: dict[str, list[nn.Parameter]] = {"weights": [], "no_decay": [], "adapters": []}
-        for name, parameter in self.named_parameters():
-            if "adapter_" in name:
-                groups["adapters"].append(parameter)
-            else:
-                groups["weights" if parameter.dim() > 1 else "no_decay"].append(parameter)
-        given = [{"params": ps, "weight_decay": self.decay[key], "name": key} for key, ps in groups.items() if ps]
+        given = parameter_groups(self.named_parameters(), self.decay)
         options: dict[str, Any] = {"lr": self.learning_rate, "betas": self.betas, "eps": self.epsilon}
         optimizer: torch.optim.Optimizer
         if self.optimizer_name == "lamb":
+            if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+                raise ValueError(
+                    "optimizer=lamb under DeepSpeed: ZeRO flattens parameters, and LAMB's step depends on the norm of each of "
+                    "them; use optimizer=adamw, or strategy slope_ddp"
+                )
             optimizer = Lamb(given, **options, always_adapt=self.always_adapt)
         else:
             optimizer = torch.optim.AdamW(given, **options)

@@ -1,5 +1,6 @@
 """What the two baselines share as callbacks: conversion, masks, masked decay, the switch to the last phase, resume."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -31,7 +32,7 @@ _RARE_ENOUGH_TO_LOG = 5
 Config = TypeVar("Config", SRSTEConfig, FSTConfig)
 
 
-class BaselineCallback(pl.Callback, Generic[Config]):
+class BaselineCallback(pl.Callback, Generic[Config], ABC):
     """Base of :class:`SRSTECallback` and :class:`FSTCallback`; not for use by itself.
 
     * ``setup``: converts the model in place, before weights are restored and optimizers are made.
@@ -64,21 +65,21 @@ class BaselineCallback(pl.Callback, Generic[Config]):
 
     # ------------------------------------------------------------------------------------------------ for the methods
 
+    @abstractmethod
     def plan(self, trainer: pl.Trainer) -> int | None:
         """The step at which the last phase begins, or None if there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def plan_line(self) -> str:
         """What the last phase is, for the line that says what will happen."""
-        raise NotImplementedError
 
+    @abstractmethod
     def switched(self) -> bool:
         """Whether the layers, as they are, are in the last phase."""
-        raise NotImplementedError
 
+    @abstractmethod
     def switch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin the last phase."""
-        raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------------ before training
 

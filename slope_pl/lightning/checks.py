@@ -19,6 +19,7 @@ FORMAT_VERSION = 1
 _FIXED_AT_CONVERSION = frozenset({"mask", "seed", "adapter_rank", "adapter_rank_fraction", "include", "exclude"}) | {
     "keep_first_dense",
     "keep_heads_dense",
+    "mask_calibration_batches",
 }
 
 

@@ -1,5 +1,6 @@
 """A run that stops and goes on is, bit for bit, the run that never stopped."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -140,6 +141,13 @@ def test_another_mask_kind_on_resume_is_an_error(tmp_path, uninterrupted):
     """Magnitude masks under a transposable config: the backward columns would be frozen for ever, in silence."""
     config = SLoPeConfig(mask="transposable", adapter_rank=4, adapter_start_step=12)
     with pytest.raises(CheckpointError, match="mask"):
+        make_trainer(tmp_path, SLoPeCallback(config)).fit(Toy(), ckpt_path=uninterrupted.folder / "step=8.ckpt")
+
+
+def test_other_calibration_on_resume_is_an_error(tmp_path, uninterrupted):
+    """The masks are what they are: a number of batches that did not choose them would be a wrong record."""
+    config = replace(CONFIG, mask_calibration_batches=3)
+    with pytest.raises(CheckpointError, match="mask_calibration_batches=0, this run has mask_calibration_batches=3"):
         make_trainer(tmp_path, SLoPeCallback(config)).fit(Toy(), ckpt_path=uninterrupted.folder / "step=8.ckpt")
 
 

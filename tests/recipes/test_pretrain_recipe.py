@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from recipes.bert_large.pretrain import main
 from recipes.bert_large.pretrain_module import BertPretraining
@@ -219,6 +221,16 @@ def test_the_optimizer_is_lamb_over_three_groups():
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(module.parameters()))
     assert {g["always_adapt"] for g in optimizer.param_groups} == {False}
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * (1 / 10) / 0.2843)
+
+
+def test_lamb_is_refused_where_parameters_are_flattened():
+    module = BertPretraining(bert=BertConfig(**SMALL))
+    module.configure_model()
+    module._trainer = SimpleNamespace(
+        strategy=DeepSpeedStrategy.__new__(DeepSpeedStrategy), estimated_stepping_batches=10
+    )
+    with pytest.raises(ValueError, match=r"optimizer=lamb under DeepSpeed.*slope_ddp"):
+        module.configure_optimizers()
 
 
 # Refused --------------------------------------------------------------------------------------------------------------

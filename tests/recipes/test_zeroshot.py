@@ -1,6 +1,5 @@
 """The model the harness sees, against transformers and the harness' own wrapper of it; and the command line."""
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -180,8 +179,6 @@ def test_what_cannot_be_scored_is_refused_at_once(toy):
 
 
 def compare_with_hflm(net, tokenizer_folder, folder, data, names, limit):
-    if importlib.util.find_spec("accelerate") is None:
-        pytest.skip("no accelerate: lm_eval's own HFLM needs it (pip install accelerate)")
     from lm_eval.models.huggingface import HFLM
 
     theirs = HFLM(str(export(net, folder, tokenizer_folder)), device="cpu", dtype="float32", batch_size=4)
