@@ -45,6 +45,19 @@ def one_thread() -> dict[str, str]:
     return {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
 
 
+def one_gpu(index: int) -> dict[str, str]:
+    """The environment in which a process sees one GPU: the ``index``-th of those that this one sees.
+
+    Raises:
+        SystemExit: if this process sees fewer.
+    """
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = seen.split(",") if seen is not None else [str(i) for i in range(torch.cuda.device_count())]
+    if not 0 <= index < len(names):
+        raise SystemExit(f"--gpus {index}: there are {len(names)} GPUs here, counted from 0")
+    return {"CUDA_VISIBLE_DEVICES": names[index].strip()}
+
+
 def run(recipe: str, subcommand: str, arguments: Sequence[str], defaults: Mapping[str, str]) -> int:
     """Run a recipe's own command line, shown so that it can be repeated by hand; returns its status.
 
@@ -121,6 +134,7 @@ def train_and_read(
     folder: Path,
     in_process: bool,
     defaults: Mapping[str, str],
+    settings: Mapping[str, str] | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Make one run of a comparison.
 
@@ -130,7 +144,8 @@ def train_and_read(
         arguments: subcommand included; logs go below ``folder``.
         folder: log.txt is written there.
         in_process: in this process, which saves the start of Python and torch.
-        defaults: of the environment of a process of its own.
+        defaults: of the environment of a process of its own; what is set there stays.
+        settings: of that environment, whatever is set there.
 
     Returns:
         the result file and its content.
@@ -146,7 +161,7 @@ def train_and_read(
         if in_process:
             status = _here(main, arguments, stream)
         else:
-            environment = {**defaults, **os.environ}
+            environment = {**defaults, **os.environ, **(settings or {})}
             status = subprocess.run(
                 command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT
             ).returncode

@@ -11,10 +11,13 @@ order and begin with the same weights. Options that are not the runner's own go 
 
 import argparse
 import itertools
+import math
 import shlex
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +108,9 @@ def main(arguments: list[str] | None = None) -> int:
     add("--runs", type=Path, default=Path("runs/gpt2-compare"), help="logs")
     add("--budget-minutes", type=float, help="begin no run that would not end by then, going by the longest so far")
     add("--in-process", action="store_true", help="all runs in this process: saves the start of Python and torch")
+    add(
+        "--gpus", nargs="+", type=int, metavar="GPU", help="make runs side by side, one on each of these GPUs (0 1 ...)"
+    )
     add("--curve-every", type=int, default=5, help="steps whose mean is one point in the file of the curves")
     add("--checkpoints", action="store_true", help="keep the last checkpoint of every run, below --runs")
     options, overrides = parser.parse_known_args(arguments)
@@ -141,7 +147,7 @@ class Plan:
 
 
 def run_all(options: argparse.Namespace, overrides: list[str]) -> int:
-    """Make the runs that are missing, one after the other; the number of failed ones, at most 1."""
+    """Make the runs that are missing; the number of failed ones, at most 1."""
     began = time.perf_counter()
     location = data_arguments(options.data, options.tokenizer)
     name = options.family or ("novels" if location and torch.cuda.is_available() else "tiny")
@@ -151,29 +157,65 @@ def run_all(options: argparse.Namespace, overrides: list[str]) -> int:
     print(f"{name}: {len(wanted)} runs, {len(wanted) - len(missing)} of them done.", flush=True)
     if name == "tiny" and options.data is None:
         location = []  # the bundled stories
-    longest, failed = 0.0, []
-    for i, plan in enumerate(missing):
-        elapsed = time.perf_counter() - began
-        if options.budget_minutes is not None and (elapsed + longest) / 60 > options.budget_minutes:
-            print(f"Budget: {elapsed / 60:.1f} min are used, a run takes {longest / 60:.1f}; {len(missing) - i} left.")
-            break
+    if options.gpus and options.in_process:
+        raise SystemExit("--gpus and --in-process: runs side by side are processes of their own; leave one of them out")
+    lanes = [launching.one_gpu(index) for index in options.gpus or ()] or [{}]
+    queue = _Queue(missing, options.budget_minutes, began)
+    with ThreadPoolExecutor(len(lanes)) as pool:
+        for lane in [pool.submit(_work, queue, lane, location, options) for lane in lanes]:
+            lane.result()
+    if queue.plans:
+        print(
+            f"Budget: {(time.perf_counter() - began) / 60:.1f} min are used, a run takes {queue.longest / 60:.1f}; "
+            f"{len(queue.plans)} left."
+        )
+    if failed := queue.failed:
+        print(f"{len(failed)} runs failed: {'; '.join(failed)}. The same command makes them again.")
+    return min(len(failed), 1)
+
+
+class _Queue:
+    """The runs still to make, for one or several lanes.
+
+    Args:
+        plans: in order.
+        budget_minutes: begin no run that would not end by then, going by the longest so far; None for no limit.
+        began: by ``time.perf_counter()``.
+    """
+
+    def __init__(self, plans: Sequence[Plan], budget_minutes: float | None, began: float) -> None:
+        self.plans, self.failed, self.longest = list(plans), list[str](), 0.0
+        self.lock = threading.Lock()
+        self._end = math.inf if budget_minutes is None else began + 60 * budget_minutes
+
+    def take(self) -> Plan | None:
+        """The next run, if there is one and it would end in time."""
+        with self.lock:
+            late = self.longest and time.perf_counter() + self.longest > self._end  # the first run is always begun
+            if not self.plans or late:
+                return None
+            return self.plans.pop(0)
+
+
+def _work(queue: _Queue, lane: Mapping[str, str], location: Sequence[str], options: argparse.Namespace) -> None:
+    """Make runs one after the other, in an environment with ``lane`` set, until the queue gives none."""
+    while (plan := queue.take()) is not None:
         label = f"{plan.method}, rate {plan.rate:g}, seed {plan.seed}"
+        began = time.perf_counter()
         try:
-            result, curve = train(plan, location, options)
+            result, curve = train(plan, location, options, lane)
         except RunError as error:
-            failed.append(label)
+            queue.failed.append(label)
             print(f"{label} FAILED: {error}", flush=True)
             continue
-        append_curve(options.csv, curve)  # first: a run counts as done once its row is there
-        append(options.csv, result)
-        longest = max(longest, time.perf_counter() - began - elapsed)
+        with queue.lock:
+            append_curve(options.csv, curve)  # first: a run counts as done once its row is there
+            append(options.csv, result)
+            queue.longest = max(queue.longest, time.perf_counter() - began)
         print(
             f"{label}: loss {result.val_loss:.4f}, {result.tokens_per_second:,.0f} tokens/s, {result.seconds:.0f} s",
             flush=True,
         )
-    if failed:
-        print(f"{len(failed)} runs failed: {'; '.join(failed)}. The same command makes them again.")
-    return min(len(failed), 1)
 
 
 def plans(name: str, options: argparse.Namespace, overrides: Sequence[str]) -> list[Plan]:
@@ -225,13 +267,15 @@ def command_line(plan: Plan, location: Sequence[str], folder: Path, checkpoints:
     ]
 
 
-def train(plan: Plan, location: Sequence[str], options: argparse.Namespace) -> tuple[Result, Curve]:
-    """Make one run and read what it left."""
+def train(
+    plan: Plan, location: Sequence[str], options: argparse.Namespace, environment: Mapping[str, str]
+) -> tuple[Result, Curve]:
+    """Make one run, in an environment with ``environment`` set, and read what it left."""
     words = "".join(c if c.isalnum() or c in "=." else "-" for c in f"{plan.method}-{plan.rate:g}-{plan.seed}")
     folder = options.runs.absolute() / f"{words}-{run_name(*plan.key)}"
     arguments = command_line(plan, location, folder, options.checkpoints)
     file, found = launching.train_and_read(
-        "recipes.gpt2.pretrain", pretrain, arguments, folder, options.in_process, launching.one_thread()
+        "recipes.gpt2.pretrain", pretrain, arguments, folder, options.in_process, launching.one_thread(), environment
     )
     result = Result.of(
         found, family=plan.family, method=plan.method, settings=plan.settings, rate=plan.rate, seed=plan.seed

@@ -4,16 +4,20 @@ import csv
 import dataclasses
 import math
 import shlex
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
+from recipes import launching
 from recipes.gpt2 import compare, report
 from recipes.gpt2.ledger import Curve, Result, append, append_curve, curves_file, read, read_curves
 from recipes.gpt2.module import GPT2Pretraining
 from recipes.gpt2.pretrain import main as pretrain
+from recipes.launching import RunError
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -50,6 +54,48 @@ def row(**changes) -> Result:
     )
     found = dataclasses.replace(base, **changes)
     return dataclasses.replace(found, run=f"{found.settings} {found.rate} {found.seed}")
+
+
+def test_runs_side_by_side(arguments, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 7")
+    both, made = threading.Barrier(2, timeout=30), []
+
+    def one(plan, location, options, environment):
+        if len(made) < 2:
+            made.append((plan.rate, environment["CUDA_VISIBLE_DEVICES"]))
+            both.wait()  # fails if they are not at the same time
+        else:
+            made.append((plan.rate, environment["CUDA_VISIBLE_DEVICES"]))
+        if plan.rate == 2e-3:
+            raise compare.RunError("cut")
+        result = row(settings=plan.settings, rate=plan.rate, method=plan.method)
+        return result, Curve(result.run, [(1, 1, 5.0, math.nan)])
+
+    monkeypatch.setattr(compare, "train", one)
+    arguments = [argument for argument in arguments if argument != "--in-process"]
+    assert compare.main([*arguments, "--gpus", "0", "1"]) == 1
+    assert {gpu for _, gpu in made} == {"4", "7"}
+    assert sorted(rate for rate, _ in made) == [1e-3, 1e-3, 2e-3, 2e-3]
+    assert len(read(tmp_path / "my.csv")) == 2
+    assert "2 runs failed: " in capfd.readouterr().out
+    with pytest.raises(SystemExit, match="there are 2 GPUs here, counted from 0"):
+        compare.main([*arguments, "--gpus", "2"])
+    with pytest.raises(SystemExit, match="leave one of them out"):
+        compare.main([*arguments, "--gpus", "0", "--in-process"])
+
+
+def test_a_lane_sets_the_environment_of_its_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    seen = {}
+
+    def start(command, **options):
+        seen.update(options["env"])
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(launching.subprocess, "run", start)
+    with pytest.raises(RunError, match="status 1"):
+        launching.train_and_read("m", print, [], tmp_path, False, {"A": "default"}, launching.one_gpu(1))
+    assert (seen["CUDA_VISIBLE_DEVICES"], seen["A"]) == ("7", "default")
 
 
 def test_runs_resume_and_report(arguments, tmp_path, capfd):
