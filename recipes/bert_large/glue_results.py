@@ -63,7 +63,8 @@ class GlueTable(RunTable):
                 head["score (their mean)"] = f"{scores['score']:.2f}"
             head["rows scored"] = f"{scores['rows']:,.0f}"
         result = collect(trainer, sparsity_report(pl_module), head, seconds=seconds)
-        result |= {"task": pl_module.task, "scores": scores, "environment": asdict(environment(pl_module.device))}
+        machine = environment(trainer.strategy.root_device)  # the model itself is on the CPU after fit
+        result |= {"task": pl_module.task, "scores": scores, "environment": asdict(machine)}
         if seconds is not None:
             speed = self._rows / max(seconds - self._in_validation, 1e-9)
             result |= {"train_rows_seen": self._rows, "samples_per_second": speed, "val_step": self._val_step}

@@ -23,6 +23,15 @@ class ResultTable(RunTable):
     Put :class:`recipes.meter.Meter` before it.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._sample: str | None = None
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the sample here: by ``on_fit_end`` Lightning has moved the model to the CPU, where it takes minutes."""
+        if trainer.is_global_zero and isinstance(pl_module, GPT2Pretraining):
+            self._sample = pl_module.sample()
+
     def collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seconds: float | None) -> dict[str, Any]:
         """With what the meter measured, and the machine."""
         scores, head = trainer.callback_metrics, {}
@@ -42,7 +51,8 @@ class ResultTable(RunTable):
         )
         if isinstance(pl_module, GPT2Pretraining):
             result["model"] = pl_module.method
-        return result | {"environment": asdict(environment(pl_module.device))} | Meter.measured(meter)
+        machine = environment(trainer.strategy.root_device)  # the model itself is on the CPU by now
+        return result | {"environment": asdict(machine)} | Meter.measured(meter)
 
     def above(self, trainer: pl.Trainer, pl_module: pl.LightningModule, result: dict[str, Any], folder: Path) -> None:
         """Curve and sample."""
@@ -52,8 +62,7 @@ class ResultTable(RunTable):
         if meter is not None and meter.curve:
             print("\n" + loss_table(meter), flush=True)
             result["rows"]["loss curve"] = _draw(meter, folder / "loss.svg", result["model"])
-        text = pl_module.sample() if isinstance(pl_module, GPT2Pretraining) else None
-        if text is not None:
+        if (text := self._sample) is not None:
             print("\nSample text:\n" + textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="  "))
         result["sample"] = text
 

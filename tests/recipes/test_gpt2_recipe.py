@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from recipes.gpt2 import launch
+from benchmarks.environment import collect as environment
+from recipes.gpt2 import launch, results
 from recipes.gpt2.ledger import Curve
 from recipes.gpt2.module import TOKENIZER_KEY, GPT2Pretraining
 from recipes.gpt2.pretrain import main
@@ -70,6 +72,23 @@ def test_fit_ends_in_the_whole_result(fitted):
     assert fitted["environment"]["torch"] == torch.__version__
     for label in ("validation loss / perplexity", "optimizer steps, tokens", "loss curve", "checkpoint"):
         assert fitted["rows"][label]
+
+
+def test_the_table_speaks_of_the_device_that_trained(tmp_path, cache, monkeypatch):
+    """Lightning moves the model to the CPU before ``on_fit_end``: a sample would take minutes there."""
+    order, asked, write = [], [], GPT2Pretraining.sample
+
+    def teardown(strategy):
+        order.append("teardown")
+        monkeypatch.setattr(GPT2Pretraining, "device", torch.device("meta"))
+
+    monkeypatch.setattr(SingleDeviceStrategy, "teardown", teardown)
+    monkeypatch.setattr(GPT2Pretraining, "sample", lambda module: order.append("sample") or write(module))
+    monkeypatch.setattr(results, "environment", lambda device: asked.append(device.type) or environment(device))
+    found = run(tmp_path, cache, "fit")
+    assert found["sample"].startswith("There was once")
+    assert order == ["sample", "teardown"]
+    assert asked == ["cpu"]
 
 
 def test_the_curve_has_every_step(fitted):
