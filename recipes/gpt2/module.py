@@ -336,7 +336,10 @@ class GPT2Pretraining(SLoPeLightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip as Lightning does; it refuses fused optimizers under bf16 too, where there is no scaler to clash with."""
-        if not (self._fused() and gradient_clip_val and gradient_clip_algorithm in (None, "norm")):
+        by_hand = self._fused() and not isinstance(
+            self.trainer.strategy, DeepSpeedStrategy
+        )  # which clips in its engine
+        if not (by_hand and gradient_clip_val and gradient_clip_algorithm in (None, "norm")):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

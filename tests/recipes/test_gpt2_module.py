@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.strategies import DeepSpeedStrategy, SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
 from recipes.gpt2.module import GPT2Pretraining, next_token_loss
@@ -298,13 +299,23 @@ def test_export_keeps_the_module(method, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["n_embd"] == 32
 
 
-def test_own_clipping_is_lightnings(monkeypatch):
-    """What replaces Lightning's refusal of fused optimizers clips all groups together, by their norm."""
+@pytest.mark.parametrize("strategy", [SingleDeviceStrategy, DeepSpeedStrategy])
+def test_gradients_of_a_fused_optimizer_are_clipped_once(strategy, monkeypatch):
+    """What replaces Lightning's refusal clips all groups together, by their norm; DeepSpeed's engine clips by itself."""
     module = GPT2Pretraining(1e-3)
     weights = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
     for weight in weights:
         weight.grad = torch.full((3,), 2.0)
+    asked = []
     monkeypatch.setattr(module, "_fused", lambda: True)
+    monkeypatch.setattr(module, "clip_gradients", lambda *arguments: asked.append(arguments))
+    module._trainer = SimpleNamespace(strategy=object.__new__(strategy))
     optimizer = SimpleNamespace(param_groups=[{"params": [w]} for w in weights])
     module.configure_gradient_clipping(optimizer, 1.0, None)
-    assert torch.cat([w.grad for w in weights]).norm().item() == pytest.approx(1.0, abs=1e-5)
+    norm = torch.cat([w.grad for w in weights]).norm().item()
+    if strategy is DeepSpeedStrategy:
+        assert asked == [(optimizer, 1.0, None)]
+        assert norm == pytest.approx(24**0.5)
+    else:
+        assert not asked
+        assert norm == pytest.approx(1.0, abs=1e-5)
