@@ -25,8 +25,10 @@ from typing import Any
 import torch
 
 from recipes import launching
+from recipes.adapters import FILE as ADAPTERS
+from recipes.gpt2.adapters import append_trace, draw_traces, rank_table, read_traces, split_rank
 from recipes.gpt2.launch import data_arguments
-from recipes.gpt2.ledger import Curve, Result, append, append_curve, read, run_name
+from recipes.gpt2.ledger import Curve, Result, append, append_curve, read, read_curves, run_name
 from recipes.gpt2.report import best_rates, draw, report
 from recipes.launching import RunError
 from recipes.meter import CURVE
@@ -113,6 +115,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add("--curve-every", type=int, default=5, help="steps whose mean is one point in the file of the curves")
     add("--checkpoints", action="store_true", help="keep the last checkpoint of every run, below --runs")
+    add(
+        "--trace-adapters",
+        action="store_true",
+        help="how adapters converge after their wake, as a third file and a picture",
+    )
     options, overrides = parser.parse_known_args(arguments)
     if options.command == "report":
         if overrides:
@@ -120,8 +127,14 @@ def main(arguments: list[str] | None = None) -> int:
         status = 0
     else:
         status = run_all(options, overrides)
-    print(report(read(options.csv)))
+    results = read(options.csv)
+    ranks = rank_table(results, read_curves(options.csv))
+    print(report(results))
+    if ranks is not None:
+        print(f"\n{ranks}")
     print(draw(options.csv))
+    if (drawn := draw_traces(options.csv, results)) is not None:
+        print(drawn)
     return status
 
 
@@ -152,9 +165,12 @@ def run_all(options: argparse.Namespace, overrides: list[str]) -> int:
     location = data_arguments(options.data, options.tokenizer)
     name = options.family or ("novels" if location and torch.cuda.is_available() else "tiny")
     wanted = plans(name, options, overrides)
-    done = {(r.settings, r.rate, r.seed) for r in read(options.csv)}
+    results = read(options.csv)
+    done = {(r.settings, r.rate, r.seed) for r in results}
     missing = [plan for plan in wanted if plan.key not in done]
     print(f"{name}: {len(wanted)} runs, {len(wanted) - len(missing)} of them done.", flush=True)
+    if options.trace_adapters:
+        _name_untraced(options.csv, results, wanted)
     if name == "tiny" and options.data is None:
         location = []  # the bundled stories
     if options.gpus and options.in_process:
@@ -168,6 +184,10 @@ def run_all(options: argparse.Namespace, overrides: list[str]) -> int:
         print(
             f"Budget: {(time.perf_counter() - began) / 60:.1f} min are used, a run takes {queue.longest / 60:.1f}; "
             f"{len(queue.plans)} left."
+        )
+    if options.trace_adapters and queue.longest and not queue.traced:
+        print(
+            "--trace-adapters had no effect: no run of this sitting left a trace (rank 0, dense, or adapters never awake)."
         )
     if failed := queue.failed:
         print(f"{len(failed)} runs failed: {'; '.join(failed)}. The same command makes them again.")
@@ -184,7 +204,7 @@ class _Queue:
     """
 
     def __init__(self, plans: Sequence[Plan], budget_minutes: float | None, began: float) -> None:
-        self.plans, self.failed, self.longest = list(plans), list[str](), 0.0
+        self.plans, self.failed, self.longest, self.traced = list(plans), list[str](), 0.0, 0
         self.lock = threading.Lock()
         self._end = math.inf if budget_minutes is None else began + 60 * budget_minutes
 
@@ -203,18 +223,32 @@ def _work(queue: _Queue, lane: Mapping[str, str], location: Sequence[str], optio
         label = f"{plan.method}, rate {plan.rate:g}, seed {plan.seed}"
         began = time.perf_counter()
         try:
-            result, curve = train(plan, location, options, lane)
+            result, curve, trace = train(plan, location, options, lane)
         except RunError as error:
             queue.failed.append(label)
             print(f"{label} FAILED: {error}", flush=True)
             continue
         with queue.lock:
             append_curve(options.csv, curve)  # first: a run counts as done once its row is there
+            queue.traced += append_trace(options.csv, result.run, trace)
             append(options.csv, result)
             queue.longest = max(queue.longest, time.perf_counter() - began)
         print(
             f"{label}: loss {result.val_loss:.4f}, {result.tokens_per_second:,.0f} tokens/s, {result.seconds:.0f} s",
             flush=True,
+        )
+
+
+def _name_untraced(file: Path, results: Sequence[Result], wanted: Sequence[Plan]) -> None:
+    keys, traces = {plan.key for plan in wanted}, read_traces(file)
+    untraced = [
+        f"{r.method}, rate {r.rate:g}, seed {r.seed}"
+        for r in results
+        if (r.settings, r.rate, r.seed) in keys and r.run not in traces and (split_rank(r.settings) or ("", 0))[1]
+    ]
+    if untraced:
+        print(
+            f"Done without --trace-adapters, and not made again: {'; '.join(untraced)}. Another --csv makes them anew."
         )
 
 
@@ -253,10 +287,13 @@ def _own_method(text: str) -> tuple[str, str]:
     return name.strip(), settings.strip()
 
 
-def command_line(plan: Plan, location: Sequence[str], folder: Path, checkpoints: bool) -> list[str]:
+def command_line(
+    plan: Plan, location: Sequence[str], folder: Path, checkpoints: bool, trace: bool = False
+) -> list[str]:
     """Arguments of recipes.gpt2.pretrain for one run."""
     config, *arguments = shlex.split(plan.settings)
-    callbacks = ["recipes.meter.Meter", "recipes.gpt2.results.ResultTable"]
+    tracing = ["recipes.adapters.AdapterTrace"] if trace else []
+    callbacks = ["recipes.meter.Meter", *tracing, "recipes.gpt2.results.ResultTable"]
     return [
         *("fit", "--config", str(HERE / config), *location),
         *("--trainer.callbacks", f"[{', '.join(callbacks)}]"),
@@ -269,18 +306,25 @@ def command_line(plan: Plan, location: Sequence[str], folder: Path, checkpoints:
 
 def train(
     plan: Plan, location: Sequence[str], options: argparse.Namespace, environment: Mapping[str, str]
-) -> tuple[Result, Curve]:
-    """Make one run, in an environment with ``environment`` set, and read what it left."""
+) -> tuple[Result, Curve, Path]:
+    """Make one run and read what it left; the path is that of its adapters' trace, if it left one.
+
+    Args:
+        plan: the run.
+        location: arguments that say where the text is.
+        options: of the runner.
+        environment: set for the run's process.
+    """
     words = "".join(c if c.isalnum() or c in "=." else "-" for c in f"{plan.method}-{plan.rate:g}-{plan.seed}")
     folder = options.runs.absolute() / f"{words}-{run_name(*plan.key)}"
-    arguments = command_line(plan, location, folder, options.checkpoints)
+    arguments = command_line(plan, location, folder, options.checkpoints, options.trace_adapters)
     file, found = launching.train_and_read(
         "recipes.gpt2.pretrain", pretrain, arguments, folder, options.in_process, launching.one_thread(), environment
     )
     result = Result.of(
         found, family=plan.family, method=plan.method, settings=plan.settings, rate=plan.rate, seed=plan.seed
     )
-    return result, Curve.of(file.with_name(CURVE), result, options.curve_every)
+    return result, Curve.of(file.with_name(CURVE), result, options.curve_every), file.with_name(ADAPTERS)
 
 
 def pretrain(arguments: list[str]) -> object:

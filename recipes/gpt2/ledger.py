@@ -113,7 +113,7 @@ def read(file: Path) -> list[Result]:
 
 def append(file: Path, result: Result) -> None:
     """Add a row, and the header to a new file."""
-    _append(file, [field.name for field in fields(Result)], [list(asdict(result).values())])
+    append_rows(file, [field.name for field in fields(Result)], [list(asdict(result).values())])
 
 
 def append_curve(file: Path, curve: Curve) -> None:
@@ -122,10 +122,11 @@ def append_curve(file: Path, curve: Curve) -> None:
         [curve.run, step, tokens, *("" if math.isnan(x) else x for x in losses)]
         for step, tokens, *losses in curve.points
     ]
-    _append(curves_file(file), ["run", "step", "tokens", "train_loss", "val_loss"], rows)
+    append_rows(curves_file(file), ["run", "step", "tokens", "train_loss", "val_loss"], rows)
 
 
-def _append(file: Path, header: list[str], rows: list[list[Any]]) -> None:
+def append_rows(file: Path, header: list[str], rows: list[list[Any]]) -> None:
+    """Add rows to a CSV file, and the header to a new one."""
     new = not file.is_file()
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", newline="", encoding="utf-8") as stream:

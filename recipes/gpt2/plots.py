@@ -1,18 +1,10 @@
-"""Loss curves as SVG, in the colours of Okabe and Ito, which colour-blind readers tell apart."""
+"""Loss curves as SVG."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#F0E442")
-STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text: a tenth of the size
-    "svg.hashsalt": "slope_pl",  # the same picture gives the same file
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "figure.facecolor": "white",  # also where the page is dark
-}
+from recipes.plot_style import COLOURS, STYLE
+
 Points = Sequence[tuple[float, float]]
 
 

@@ -69,7 +69,7 @@ def test_runs_side_by_side(arguments, tmp_path, monkeypatch, capfd):
         if plan.rate == 2e-3:
             raise compare.RunError("cut")
         result = row(settings=plan.settings, rate=plan.rate, method=plan.method)
-        return result, Curve(result.run, [(1, 1, 5.0, math.nan)])
+        return result, Curve(result.run, [(1, 1, 5.0, math.nan)]), tmp_path / "no trace"
 
     monkeypatch.setattr(compare, "train", one)
     arguments = [argument for argument in arguments if argument != "--in-process"]
