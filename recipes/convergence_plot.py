@@ -21,7 +21,7 @@ def convergence_curves(file: Path, runs: Mapping[str, Sequence[Point]], title: s
 
     Args:
         file: an .svg; its folder exists.
-        runs: for each label, the means of the kinds of layers, see :func:`recipes.convergence.means_by_kind`.
+        runs: for each label (empty for none), the means of the kinds of layers, see :func:`recipes.convergence.means_by_kind`.
         title: above the picture.
 
     Returns:
@@ -50,7 +50,7 @@ def convergence_curves(file: Path, runs: Mapping[str, Sequence[Point]], title: s
                 low = min((y for kind in kinds for y in _line(points, kind, column)[1]), default=0.0)
                 axes.set_xlim(left=0)
                 axes.set_ylim(min(low, 0.0) - 0.03, 1.03)
-                axes.set_title(name if len(runs) == 1 else f"{label}: {name}", fontsize=9)
+                axes.set_title(f"{label}: {name}" if label else name, fontsize=9)
                 axes.set_xlabel("steps since the wake")
                 axes.xaxis.get_major_locator().set_params(integer=True)
                 axes.grid(axis="y", linewidth=0.4)
