@@ -50,7 +50,7 @@ def convergence_curves(file: Path, runs: Mapping[str, Sequence[Point]], title: s
                 low = min((y for kind in kinds for y in _line(points, kind, column)[1]), default=0.0)
                 axes.set_xlim(left=0)
                 axes.set_ylim(min(low, 0.0) - 0.03, 1.03)
-                axes.set_title(f"{label}: {name}" if label else name, fontsize=9)
+                axes.set_title(f"{label}\n{name}" if label else name, fontsize=9)
                 axes.set_xlabel("steps since the wake")
                 axes.xaxis.get_major_locator().set_params(integer=True)
                 axes.grid(axis="y", linewidth=0.4)

@@ -10,17 +10,12 @@ order and begin with the same weights. Options that are not the runner's own go 
 """
 
 import argparse
-import itertools
-import math
 import shlex
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,58 +24,10 @@ from recipes.adapters import FILE as ADAPTERS
 from recipes.gpt2.adapters import append_trace, draw_traces, rank_table, read_traces, split_rank
 from recipes.gpt2.launch import data_arguments
 from recipes.gpt2.ledger import Curve, Result, append, append_curve, read, read_curves, run_name
-from recipes.gpt2.report import best_rates, draw, report
+from recipes.gpt2.plans import FAMILIES, HERE, Plan, Queue, known_methods, plans
+from recipes.gpt2.report import draw, report
 from recipes.launching import RunError
 from recipes.meter import CURVE
-
-HERE = Path(__file__).parent
-
-
-@dataclass(frozen=True)
-class Family:
-    """Runs that can be compared with each other.
-
-    Attributes:
-        methods: name -> config of this folder, and arguments to it.
-        rates: peak learning rates tried by default.
-    """
-
-    methods: dict[str, str]
-    rates: tuple[float, ...]
-
-
-def _ranks(name: str, config: str, option: str, ranks: Sequence[int] = (0, 4, 16)) -> dict[str, str]:
-    return {f"{name} r={rank}": f"{config} --model.{option}.adapter_rank {rank}" for rank in ranks}
-
-
-FAMILIES = {
-    "novels": Family(
-        {
-            "dense": "novels_dense.yaml",
-            **_ranks("slope", "novels_slope.yaml", "slope"),
-            **_ranks("random", "novels_slope.yaml --model.slope.mask random", "slope"),
-            **_ranks("transposable", "novels_transposable.yaml", "slope"),
-            **_ranks("srste", "novels_srste.yaml", "srste"),
-            "fst": "novels_fst.yaml",
-        },
-        rates=(6e-4, 1.2e-3, 1.8e-3),
-    ),
-    "tiny": Family(
-        {
-            "dense": "tiny_dense.yaml",
-            "slope r=4": "tiny.yaml",
-            "transposable r=4": "tiny_transposable.yaml",
-            "srste r=0": "tiny_srste.yaml",
-            "fst": "tiny_fst.yaml",
-        },
-        rates=(1e-3, 2e-3, 4e-3),
-    ),
-}
-# What is compared if nothing is said: the methods of the paper and of our own lead; on a laptop, those that take a minute.
-DEFAULT = {
-    "novels": ("dense", "slope r=0", "slope r=16", "transposable r=0", "transposable r=16", "srste r=0", "fst"),
-    "tiny": ("dense", "slope r=4", "transposable r=4"),
-}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -99,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help="default: dense, slope, transposable, srste and fst; 'all'; " + _known(),
+        help="default: dense, slope, transposable, srste and fst; 'all'; " + known_methods(),
     )
     add("--add", action="append", default=[], metavar="'NAME: CONFIG.yaml ARGUMENTS'", help="a method of your own")
     add("--rates", nargs="+", type=float, help="peak learning rates")
@@ -138,27 +85,6 @@ def main(arguments: list[str] | None = None) -> int:
     return status
 
 
-def _known() -> str:
-    return "; ".join(f"{name}: {', '.join(family.methods)}" for name, family in FAMILIES.items())
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One run that is wanted."""
-
-    family: str
-    method: str
-    settings: str
-    """Config and arguments, those for all runs included; with rate and seed, what makes it the same run."""
-    rate: float
-    seed: int
-
-    @property
-    def key(self) -> tuple[str, float, int]:
-        """What makes it the same run."""
-        return self.settings, self.rate, self.seed
-
-
 def run_all(options: argparse.Namespace, overrides: list[str]) -> int:
     """Make the runs that are missing; the number of failed ones, at most 1."""
     began = time.perf_counter()
@@ -176,7 +102,7 @@ def run_all(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.gpus and options.in_process:
         raise SystemExit("--gpus and --in-process: runs side by side are processes of their own; leave one of them out")
     lanes = [launching.one_gpu(index) for index in options.gpus or ()] or [{}]
-    queue = _Queue(missing, options.budget_minutes, began)
+    queue = Queue(missing, options.budget_minutes, began)
     with ThreadPoolExecutor(len(lanes)) as pool:
         for lane in [pool.submit(_work, queue, lane, location, options) for lane in lanes]:
             lane.result()
@@ -194,30 +120,7 @@ def run_all(options: argparse.Namespace, overrides: list[str]) -> int:
     return min(len(failed), 1)
 
 
-class _Queue:
-    """The runs still to make, for one or several lanes.
-
-    Args:
-        plans: in order.
-        budget_minutes: begin no run that would not end by then, going by the longest so far; None for no limit.
-        began: by ``time.perf_counter()``.
-    """
-
-    def __init__(self, plans: Sequence[Plan], budget_minutes: float | None, began: float) -> None:
-        self.plans, self.failed, self.longest, self.traced = list(plans), list[str](), 0.0, 0
-        self.lock = threading.Lock()
-        self._end = math.inf if budget_minutes is None else began + 60 * budget_minutes
-
-    def take(self) -> Plan | None:
-        """The next run, if there is one and it would end in time."""
-        with self.lock:
-            late = self.longest and time.perf_counter() + self.longest > self._end  # the first run is always begun
-            if not self.plans or late:
-                return None
-            return self.plans.pop(0)
-
-
-def _work(queue: _Queue, lane: Mapping[str, str], location: Sequence[str], options: argparse.Namespace) -> None:
+def _work(queue: Queue, lane: Mapping[str, str], location: Sequence[str], options: argparse.Namespace) -> None:
     """Make runs one after the other, in an environment with ``lane`` set, until the queue gives none."""
     while (plan := queue.take()) is not None:
         label = f"{plan.method}, rate {plan.rate:g}, seed {plan.seed}"
@@ -250,41 +153,6 @@ def _name_untraced(file: Path, results: Sequence[Result], wanted: Sequence[Plan]
         print(
             f"Done without --trace-adapters, and not made again: {'; '.join(untraced)}. Another --csv makes them anew."
         )
-
-
-def plans(name: str, options: argparse.Namespace, overrides: Sequence[str]) -> list[Plan]:
-    """The runs asked for; rates and seeds outermost, so that a cut comparison has all methods."""
-    known = dict(FAMILIES[name].methods)
-    own = dict(_own_method(text) for text in options.add)
-    if clash := sorted(own.keys() & known.keys()):
-        raise SystemExit(f"--add: {', '.join(clash)} is one of the methods already; choose another name")
-    known |= own
-    methods = options.methods or ([*own] or [*DEFAULT[name]])
-    methods = [*known] if methods == ["all"] else methods
-    if unknown := [method for method in methods if method not in known]:
-        raise SystemExit(f"--methods: {', '.join(map(repr, unknown))} unknown; {name} has {', '.join(known)}")
-    settings = {method: " ".join([known[method], shlex.join(overrides)]).strip() for method in methods}
-    rates = options.rates or list(FAMILIES[name].rates)
-    if wrong := [rate for rate in rates if not 0 < rate < 1]:
-        raise SystemExit(f"--rates: {wrong[0]:g} is no learning rate; numbers above 0 and below 1 are expected")
-    if not options.best_rates:
-        grid: Iterator[Any] = itertools.product(options.seeds, rates, methods)
-        return [Plan(name, method, settings[method], rate, seed) for seed, rate, method in grid]
-    best = best_rates(read(options.csv))
-    if absent := [method for method in methods if settings[method] not in best]:
-        raise SystemExit(f"--best-rates: {options.csv} has no run of {', '.join(absent)} to choose a rate from")
-    return [
-        Plan(name, method, settings[method], best[settings[method]], seed)
-        for seed, method in itertools.product(options.seeds, methods)
-    ]
-
-
-def _own_method(text: str) -> tuple[str, str]:
-    name, colon, settings = text.partition(":")
-    config = shlex.split(settings)[:1]
-    if not colon or not name.strip() or not config or not (HERE / config[0]).is_file():
-        raise SystemExit(f"--add {text!r}: 'NAME: CONFIG.yaml ARGUMENTS' is expected, with a config of {HERE.name}/")
-    return name.strip(), settings.strip()
 
 
 def command_line(

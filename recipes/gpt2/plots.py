@@ -2,19 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from recipes.plot_style import COLOURS, STYLE
 
 Points = Sequence[tuple[float, float]]
 
 
-def loss_curves(file: Path, curves: Mapping[str, tuple[Points, Points]], title: str) -> bool:
+def loss_curves(
+    file: Path, curves: Mapping[str, tuple[Points, Points]], title: str, against: str | None = None
+) -> bool:
     """Draw training losses as lines and validation losses as points.
 
     Args:
         file: an .svg; its folder exists.
         curves: for each label, (tokens, loss) of training and of validation.
         title: above the picture.
+        against: the label whose losses are taken from all others' in a second panel; None for no such panel.
 
     Returns:
         False where matplotlib (extra ``bench``) is not installed.
@@ -27,27 +31,50 @@ def loss_curves(file: Path, curves: Mapping[str, tuple[Points, Points]], title: 
     import matplotlib.pyplot as plt
 
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(9, 5))
-        last = []
-        for i, (label, (train, val)) in enumerate(curves.items()):
-            colour, dashed = COLOURS[i % len(COLOURS)], i >= len(COLOURS)
-            axes.plot(*_columns(train), color=colour, linewidth=1, alpha=0.6, linestyle="--" if dashed else "-")
-            axes.plot(
-                *_columns(val), color=colour, marker="o", markersize=4, linestyle="none" if train else "-", label=label
-            )
-            last += [loss for _, loss in (*train[len(train) // 10 :], *val)]
+        rows = 1 if against is None else 2
+        figure, panels = plt.subplots(rows, figsize=(9, 1 + 4 * rows), squeeze=False, sharex=True)
+        axes = panels[0, 0]
+        last = _draw(axes, curves)
         if last:  # the first steps, at ln(vocabulary), would take most of the height
             low, high = min(last), max(last)
             axes.set_ylim(low - 0.05 * (high - low) - 0.01, high + 0.05 * (high - low) + 0.01)
-        axes.set_xlabel("tokens, millions")
         axes.set_ylabel("loss, nats a token")
         axes.set_title(f"{title} (line: training, points: validation)")
-        axes.grid(axis="y", linewidth=0.4)
         axes.legend(frameon=False)
+        if against is not None:
+            lower = panels[1, 0]
+            last = _draw(lower, {label: _less(curve, curves[against]) for label, curve in curves.items()})
+            low, high = min([0.0, *last]), max([0.0, *last])
+            lower.set_ylim(low - 0.1 * (high - low) - 0.005, high + 0.1 * (high - low) + 0.005)
+            lower.set_ylabel(f"loss minus that of\n{against}")
+        for axes in panels[:, 0]:
+            axes.grid(axis="y", linewidth=0.4)
+        axes.set_xlabel("tokens, millions")
         figure.tight_layout()
         figure.savefig(file, metadata={"Date": None}, bbox_inches="tight")
         plt.close(figure)
     return True
+
+
+def _draw(axes: Any, curves: Mapping[str, tuple[Points, Points]]) -> list[float]:
+    """Draw the curves; returns what must be seen of them, which leaves out their first tenth."""
+    seen = []
+    for i, (label, (train, val)) in enumerate(curves.items()):
+        colour, dashed = COLOURS[i % len(COLOURS)], i >= len(COLOURS)
+        line = "none" if train else "-"
+        axes.plot(*_columns(train), color=colour, linewidth=1, alpha=0.6, linestyle="--" if dashed else "-")
+        axes.plot(*_columns(val), color=colour, marker="o", markersize=4, linestyle=line, label=label)
+        seen += [loss for _, loss in (*train[len(train) // 10 :], *val)]
+    return seen
+
+
+def _less(curve: tuple[Points, Points], other: tuple[Points, Points]) -> tuple[Points, Points]:
+    """The difference of two curves, where both have a point."""
+    parts = []
+    for mine, base in zip(curve, other, strict=True):
+        known = dict(base)
+        parts.append([(tokens, loss - known[tokens]) for tokens, loss in mine if tokens in known])
+    return parts[0], parts[1]
 
 
 def smooth(points: Points, least: int = 60) -> Points:

@@ -66,8 +66,11 @@ def _table(results: Sequence[Result]) -> str:
 
 
 def draw(file: Path) -> str:
-    """Draw the curves of each method at its best rate, first seed, beside ``file``; a line that says where."""
-    results, curves = read(file), read_curves(file)
+    """Draw the curves of each method at its best rate, first seed, beside ``file``; a line that says where.
+
+    They are in the order of their final losses; where there is a dense one, also as differences to it.
+    """
+    results, curves = sorted(read(file), key=lambda result: result.val_loss), read_curves(file)
     best = best_rates(results)
     shown = {}
     for result in results:
@@ -82,7 +85,8 @@ def draw(file: Path) -> str:
         return "No loss curves to draw."
     picture = file.with_name(f"{file.stem}-curves.svg")
     title = f"GPT-2, {', '.join(dict.fromkeys(r.gpu for r in results))}"
-    if not loss_curves(picture, shown, title):
+    dense = next((label for label in shown if label.startswith("dense,")), None)
+    if not loss_curves(picture, shown, title, against=dense if len(shown) > 1 else None):
         return "Loss curves not drawn: matplotlib is not installed (extra bench)."
     return f"Loss curves: {picture}"
 

@@ -16,6 +16,8 @@ from recipes import launching
 from recipes.gpt2 import compare, report
 from recipes.gpt2.ledger import Curve, Result, append, append_curve, curves_file, read, read_curves
 from recipes.gpt2.module import GPT2Pretraining
+from recipes.gpt2.plans import DEFAULT, FAMILIES, Plan, plans
+from recipes.gpt2.plots import _less
 from recipes.gpt2.pretrain import main as pretrain
 from recipes.launching import RunError
 
@@ -181,10 +183,10 @@ def test_best_rates_are_taken_from_the_file(arguments, tmp_path):
     ):
         append(tmp_path / "my.csv", row(method=name, settings=settings[name], rate=rate, val_loss=loss, family="tiny"))
     parsed = parse(arguments, options)
-    found = [(plan.method, plan.rate, plan.seed) for plan in compare.plans("tiny", *parsed)]
+    found = [(plan.method, plan.rate, plan.seed) for plan in plans("tiny", *parsed)]
     assert found == [("dense", 2e-3, 0), ("slope r=4", 1e-3, 0), ("dense", 2e-3, 1), ("slope r=4", 1e-3, 1)]
     with pytest.raises(SystemExit, match="has no run of fst to choose a rate from"):
-        compare.plans("tiny", *parse(arguments, [*options, "--methods", "fst"]))
+        plans("tiny", *parse(arguments, [*options, "--methods", "fst"]))
 
 
 def parse(arguments, more):
@@ -217,17 +219,17 @@ def test_another_csv_is_refused(arguments, tmp_path):
         compare.main(arguments)
 
 
-@pytest.mark.parametrize("family", [*compare.FAMILIES])
+@pytest.mark.parametrize("family", [*FAMILIES])
 def test_every_method_is_a_command_that_parses(family, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for method, settings in compare.FAMILIES[family].methods.items():
-        plan = compare.Plan(family, method, settings, 1.5e-3, 3)
+    for method, settings in FAMILIES[family].methods.items():
+        plan = Plan(family, method, settings, 1.5e-3, 3)
         line = compare.command_line(plan, ["--data.source", "FOLDER"], Path("runs"), checkpoints=False)
         with pytest.raises(SystemExit) as stop:
             pretrain([*line, "--print_config"])
         assert stop.value.code == 0, method
         assert "learning_rate: 0.0015" in capsys.readouterr().out
-    assert set(compare.DEFAULT[family]) <= compare.FAMILIES[family].methods.keys()
+    assert set(DEFAULT[family]) <= FAMILIES[family].methods.keys()
 
 
 def test_report_has_the_best_rate_and_the_spread(tmp_path):
@@ -263,6 +265,22 @@ def test_a_curve_that_was_begun_twice_is_the_second(tmp_path):
     with curves_file(file).open() as stream:
         assert csv.DictReader(stream).fieldnames == ["run", "step", "tokens", "train_loss", "val_loss"]
     assert "my-curves.svg" in report.draw(file)
+
+
+def test_curves_are_drawn_in_the_order_of_their_losses_and_against_dense(tmp_path):
+    file = tmp_path / "my.csv"
+    for result in (row(), row(method="slope r=0", settings="novels_slope.yaml", val_loss=3.9)):
+        points = [(1, 10, result.val_loss + 1, math.nan), (2, 20, result.val_loss, math.nan), (2, 20, math.nan, 4.6)]
+        append_curve(file, Curve(result.run, points))
+        append(file, result)
+        report.draw(file)
+        picture = (tmp_path / "my-curves.svg").read_text()
+        assert ("loss minus that of" in picture) == (
+            result.method != "dense"
+        )  # one alone has nothing to be compared with
+    assert picture.index(">slope r=0, rate 0.001<") < picture.index(">dense, rate 0.001<")
+    curves = [([(1.0, 5.0), (2.0, 4.0), (3.0, 3.5)], [(2.0, 4.5)]), ([(1.0, 6.0), (2.0, 4.5)], [(2.0, 4.25)])]
+    assert _less(*curves) == ([(1.0, -1.0), (2.0, -0.5)], [(2.0, 0.25)])
 
 
 def test_without_matplotlib_the_report_says_so(tmp_path, monkeypatch):

@@ -2,11 +2,12 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
-from recipes.gpt2 import compare
+from recipes.gpt2 import compare, plans
 from recipes.gpt2.pretrain import main
 
 ROOT = Path(__file__).parents[2]
@@ -49,11 +50,11 @@ def test_compare_command_plans_its_runs(line, monkeypatch, tmp_path):
     seen = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compare, "run_all", lambda options, overrides: seen.append((options, overrides)) or 0)
-    monkeypatch.setattr(compare, "best_rates", lambda results: dict.fromkeys(map(str, compare_settings()), 1e-3))
+    monkeypatch.setattr(plans, "best_rates", lambda results: dict.fromkeys(map(str, compare_settings()), 1e-3))
     assert compare.main(shlex.split(line)[3:]) == 0
-    plans = compare.plans("novels", *seen[0])
-    assert plans
-    for plan in plans:
+    found = plans.plans("novels", *seen[0])
+    assert found
+    for plan in found:
         arguments = compare.command_line(plan, ["--data.source", "FOLDER"], tmp_path, checkpoints=False)
         with pytest.raises(SystemExit) as stop:
             main([*arguments, "--print_config"])
@@ -61,14 +62,20 @@ def test_compare_command_plans_its_runs(line, monkeypatch, tmp_path):
 
 
 def compare_settings() -> list[str]:
-    return [*compare.FAMILIES["novels"].methods.values()]
+    return [*plans.FAMILIES["novels"].methods.values()]
 
 
 def test_report_command_runs(monkeypatch, tmp_path, capsys):
-    (line,) = commands("python -m recipes.gpt2.compare report")
+    """Where there is nothing, and of what is measured: then the table is the one that the README shows."""
+    shutil.copytree(ROOT / "recipes/gpt2/results", tmp_path / "recipes/gpt2/results")
     monkeypatch.chdir(tmp_path)
-    assert compare.main(shlex.split(line)[3:]) == 0
+    nothing, measured = sorted(commands("python -m recipes.gpt2.compare report"))
+    assert compare.main(shlex.split(nothing)[3:]) == 0
     assert "No results yet." in capsys.readouterr().out
+    assert compare.main(shlex.split(measured)[3:]) == 0
+    table = capsys.readouterr().out.partition("\n\n")[0]
+    assert "| dense |" in table
+    assert table in README
 
 
 def test_every_config_is_in_the_table():

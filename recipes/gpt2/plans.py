@@ -1,0 +1,144 @@
+"""Which runs a comparison of GPT-2's methods is made of, and the order in which they are taken."""
+
+import argparse
+import itertools
+import math
+import shlex
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipes.gpt2.ledger import read
+from recipes.gpt2.report import best_rates
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Family:
+    """Runs that can be compared with each other.
+
+    Attributes:
+        methods: name -> config of this folder, and arguments to it.
+        rates: peak learning rates tried by default.
+    """
+
+    methods: dict[str, str]
+    rates: tuple[float, ...]
+
+
+def _ranks(name: str, config: str, option: str, ranks: Sequence[int] = (0, 4, 16)) -> dict[str, str]:
+    return {f"{name} r={rank}": f"{config} --model.{option}.adapter_rank {rank}" for rank in ranks}
+
+
+FAMILIES = {
+    "novels": Family(
+        {
+            "dense": "novels_dense.yaml",
+            **_ranks("slope", "novels_slope.yaml", "slope"),
+            **_ranks("random", "novels_slope.yaml --model.slope.mask random", "slope"),
+            **_ranks("transposable", "novels_transposable.yaml", "slope"),
+            **_ranks("srste", "novels_srste.yaml", "srste"),
+            "fst": "novels_fst.yaml",
+        },
+        rates=(6e-4, 1.2e-3, 1.8e-3),
+    ),
+    "tiny": Family(
+        {
+            "dense": "tiny_dense.yaml",
+            "slope r=4": "tiny.yaml",
+            "transposable r=4": "tiny_transposable.yaml",
+            "srste r=0": "tiny_srste.yaml",
+            "fst": "tiny_fst.yaml",
+        },
+        rates=(1e-3, 2e-3, 4e-3),
+    ),
+}
+# What is compared if nothing is said: the methods of the paper and of our own lead; on a laptop, those that take a minute.
+DEFAULT = {
+    "novels": ("dense", "slope r=0", "slope r=16", "transposable r=0", "transposable r=16", "srste r=0", "fst"),
+    "tiny": ("dense", "slope r=4", "transposable r=4"),
+}
+
+
+def known_methods() -> str:
+    """For ``--help``: every family's methods."""
+    return "; ".join(f"{name}: {', '.join(family.methods)}" for name, family in FAMILIES.items())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run that is wanted."""
+
+    family: str
+    method: str
+    settings: str
+    """Config and arguments, those for all runs included; with rate and seed, what makes it the same run."""
+    rate: float
+    seed: int
+
+    @property
+    def key(self) -> tuple[str, float, int]:
+        """What makes it the same run."""
+        return self.settings, self.rate, self.seed
+
+
+def plans(name: str, options: argparse.Namespace, overrides: Sequence[str]) -> list[Plan]:
+    """The runs asked for; rates and seeds outermost, so that a cut comparison has all methods."""
+    known = dict(FAMILIES[name].methods)
+    own = dict(_own_method(text) for text in options.add)
+    if clash := sorted(own.keys() & known.keys()):
+        raise SystemExit(f"--add: {', '.join(clash)} is one of the methods already; choose another name")
+    known |= own
+    methods = options.methods or ([*own] or [*DEFAULT[name]])
+    methods = [*known] if methods == ["all"] else methods
+    if unknown := [method for method in methods if method not in known]:
+        raise SystemExit(f"--methods: {', '.join(map(repr, unknown))} unknown; {name} has {', '.join(known)}")
+    settings = {method: " ".join([known[method], shlex.join(overrides)]).strip() for method in methods}
+    rates = options.rates or list(FAMILIES[name].rates)
+    if wrong := [rate for rate in rates if not 0 < rate < 1]:
+        raise SystemExit(f"--rates: {wrong[0]:g} is no learning rate; numbers above 0 and below 1 are expected")
+    if not options.best_rates:
+        grid: Iterator[Any] = itertools.product(options.seeds, rates, methods)
+        return [Plan(name, method, settings[method], rate, seed) for seed, rate, method in grid]
+    best = best_rates(read(options.csv))
+    if absent := [method for method in methods if settings[method] not in best]:
+        raise SystemExit(f"--best-rates: {options.csv} has no run of {', '.join(absent)} to choose a rate from")
+    return [
+        Plan(name, method, settings[method], best[settings[method]], seed)
+        for seed, method in itertools.product(options.seeds, methods)
+    ]
+
+
+def _own_method(text: str) -> tuple[str, str]:
+    name, colon, settings = text.partition(":")
+    config = shlex.split(settings)[:1]
+    if not colon or not name.strip() or not config or not (HERE / config[0]).is_file():
+        raise SystemExit(f"--add {text!r}: 'NAME: CONFIG.yaml ARGUMENTS' is expected, with a config of {HERE.name}/")
+    return name.strip(), settings.strip()
+
+
+class Queue:
+    """The runs still to make, for one or several lanes.
+
+    Args:
+        plans: in order.
+        budget_minutes: begin no run that would not end by then, going by the longest so far; None for no limit.
+        began: by ``time.perf_counter()``.
+    """
+
+    def __init__(self, plans: Sequence[Plan], budget_minutes: float | None, began: float) -> None:
+        self.plans, self.failed, self.longest, self.traced = list(plans), list[str](), 0.0, 0
+        self.lock = threading.Lock()
+        self._end = math.inf if budget_minutes is None else began + 60 * budget_minutes
+
+    def take(self) -> Plan | None:
+        """The next run, if there is one and it would end in time."""
+        with self.lock:
+            late = self.longest and time.perf_counter() + self.longest > self._end  # the first run is always begun
+            if not self.plans or late:
+                return None
+            return self.plans.pop(0)
