@@ -30,7 +30,6 @@ RECIPE = comparison.Recipe(
 RATES: dict[str, tuple[float, ...]] = {
     "squad_minilm.yaml": (2e-4, 1e-4, 4e-4),
     "base.yaml": (3e-5, 1e-5, 6e-5),
-    "squad_sample.yaml": (3e-5, 1e-4),
 }
 
 
@@ -61,7 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     overrides = [argument for argument in overrides if argument != "--"]
     comparison.check_options(parser, options)
     status = 0 if options.report else run_all(options, overrides)
-    print(report(read(options.csv)))
+    if not options.dry_run:
+        print("\n" + report(read(options.csv)))
     return status
 
 
@@ -75,11 +75,9 @@ def run_all(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _data(options: argparse.Namespace) -> str:
-    """As given, absolute where it is a folder; else the shared data, the bundled sample, or the hub's."""
+    """As given, absolute where it is a folder; else the shared data, or the hub's."""
     if options.data is not None:
         return _absolute(options.data)
-    if options.config == "squad_sample.yaml":
-        return "data/sample"
     shared = Path(os.environ.get("SLOPE_DATA_DIR", "")) / "squad"
     return str(shared.absolute()) if "SLOPE_DATA_DIR" in os.environ and shared.is_dir() else "squad"
 

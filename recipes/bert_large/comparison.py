@@ -107,6 +107,7 @@ def add_options(parser: argparse.ArgumentParser, rates: str, sweep: str) -> None
     add("--in-process", action="store_true",
         help="many runs a process (with --jobs: in each of so many): saves the start of Python and torch")  # fmt: skip
     add("--budget-minutes", type=float, help="begin no run after so many minutes")
+    add("--dry-run", action="store_true", help="list the runs that are missing and make none")
     add("--report", action="store_true", help="print the table and run nothing")
 
 
@@ -184,12 +185,16 @@ def run_all(
     stages = _stages(missing, dense_rates)
     if before := [run for stage in stages for run in stage if _start_of(job, run) is None]:
         print(f"{len(before)} dense runs that others start from come first.", flush=True)
+    if options.dry_run:
+        for run in [*before, *missing]:
+            print(f"  {run}")
+        return 0
     failed: list[str] = []
     left = 0
     with _executor(options.jobs, options.in_process) as pool:
         for stage, batch in enumerate([*stages, missing]):
             last = stage == len(stages)
-            todo = [run for run in batch if last or _start_of(job, run) is None]
+            todo = [run for run in batch if (run not in done if last else _start_of(job, run) is None)]
             waiting = {pool.submit(make, run, job, dense_rates.get(run.task, 0.0), not last): run for run in todo}
             try:
                 for future in as_completed(waiting):
@@ -274,12 +279,19 @@ def command_line(run: Run, job: Job, folder: Path, keep: bool) -> list[str]:
     """Arguments of the recipe for one run, without what it starts from."""
     saver = {
         "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-        "init_args": {"save_last": True, "save_top_k": 0, "every_n_epochs": 1},
+        # The masks of a fade are in the state of its callback, which weights alone leave out.
+        "init_args": {
+            "save_last": True,
+            "save_top_k": 0,
+            "every_n_epochs": 1,
+            "save_weights_only": run.method == "dense",
+        },
     }
     callbacks = [{"class_path": job.recipe.table}, *([saver] if keep else [])]
     task = [] if run.task == "squad" else ["--data.task", run.task]
     return [
-        *("fit", *method_arguments(run, job.recipe.configs, job.fade), *job.place.command_line()),
+        *("fit", *job.place.config_arguments(), *method_arguments(run, job.recipe.configs, job.fade)),
+        *job.place.command_line(),
         *("--trainer.callbacks", json.dumps(callbacks)),
         *("--trainer.enable_checkpointing", str(keep).lower(), "--trainer.enable_progress_bar", "false"),
         # Hundreds of runs: one file each is enough, and it asks for no further package.

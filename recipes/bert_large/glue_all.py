@@ -48,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     comparison.check_options(parser, options)
     options.csv = options.csv or options.runs / "results.csv"
     status = 0 if options.report else run_all(options, overrides)
+    if options.dry_run:
+        return status
     text = report(read(options.csv))
     print("\n" + text)
     if not options.report:

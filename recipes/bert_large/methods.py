@@ -96,11 +96,14 @@ class Place:
         parts += [f"weights={_tail(self.weights, 2)}"] if self.weights else []
         return " ".join([*parts, *self.arguments])
 
+    def config_arguments(self) -> list[str]:
+        """What goes before the method's."""
+        return [] if self.config in _BASES else ["--config", str(HERE / self.config)]
+
     def command_line(self) -> list[str]:
-        """Arguments of the recipe."""
-        config = [] if self.config in _BASES else ["--config", str(HERE / self.config)]
+        """What goes after the method's."""
         weights = ["--model.weights", self.weights, "--data.tokenizer", self.weights] if self.weights else []
-        return [*config, "--data.source", self.data, *weights, *self.arguments]
+        return ["--data.source", self.data, *weights, *self.arguments]
 
 
 def _tail(place: str, parts: int) -> str:
