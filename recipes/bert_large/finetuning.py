@@ -233,6 +233,12 @@ class BertFineTuning(SLoPeLightningModule):
         """
         net, data = self._model(), self.trainer.datamodule  # type: ignore[attr-defined]
         self.check_vocabulary(data.vocab_size)
+        if isinstance(net, Encoder) and data.pad != net.config.pad_token_id:
+            # RoBERTa's counts positions by it.
+            raise ValueError(
+                f"the tokenizer pads with {data.pad}, the model with {net.config.pad_token_id}: data.tokenizer and "
+                "model.weights do not belong together"
+            )
         longest = getattr(net, "max_length", net.config.max_position_embeddings)
         if data.max_length > longest:
             raise ValueError(
