@@ -143,6 +143,8 @@ def check_choices(fade: float | None, slope: SLoPeConfig | None, weights: str | 
             )
         if faded:
             raise ConfigError(f"fade={fade} and weights={weights!r}, which have faded already: leave one of them out")
+    if faded and slope is None:
+        raise ConfigError(f"weights={weights!r} have faded to 2:4 masks, a dense run would fill them again: give slope")
     if faded and slope is not None and slope.mask_calibration_batches:
         raise ConfigError(
             f"mask_calibration_batches={slope.mask_calibration_batches} has no effect on weights={weights!r}: their masks "
