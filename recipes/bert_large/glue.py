@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from recipes.bert_large.finetuning_cli import FineTuningCLI
 from recipes.bert_large.glue_module import BertGlue
+from recipes.checkpoints import read_checkpoint
 from recipes.cli import RecipeCLI, exporter, run_recipe
 from slope_pl import CheckpointError
 from slope_pl.data import GlueDataModule, GlueScores
@@ -47,7 +48,7 @@ class GlueCLI(FineTuningCLI):
         section = self.config.get(self.config.get("subcommand") or "", {})
         path = section.get("ckpt_path")
         if path and Path(path).is_file():
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("hyper_parameters", {})
+            saved = read_checkpoint(path).get("hyper_parameters", {})
             _check_kind(saved, self._model_settings(), task=section["data"].task)
         super()._parse_ckpt_path()
 

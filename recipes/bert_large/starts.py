@@ -6,16 +6,14 @@
 --model.weights FADED.ckpt                  second stage: sparse, by the masks that the first has faded to
 """
 
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from recipes.checkpoints import read_checkpoint
 from slope_pl import CheckpointError, ConfigError, SLoPeConfig
 from slope_pl.lightning import faded_masks
 from slope_pl.lightning.checks import CHECKPOINT_KEY
@@ -60,7 +58,7 @@ class FineTuned:
 def is_fine_tuned(path: str) -> bool:
     """Whether a file is a checkpoint of a fine-tuning recipe, and not of pretraining; False if it cannot be read."""
     try:
-        names = _read(Path(path).expanduser()).get("state_dict", {})
+        names = read_checkpoint(path).get("state_dict", {})
     except CheckpointError:
         return False
     return any(
@@ -75,7 +73,7 @@ def read_fine_tuned(path: str) -> FineTuned:
         CheckpointError: no such file, not such a checkpoint, or a first stage that has not faded to the end.
     """
     file = Path(path).expanduser()
-    content = _read(file)
+    content = read_checkpoint(file, "a checkpoint of this recipe")
     state = {name.removeprefix(_PREFIX): t for name, t in content["state_dict"].items() if name.startswith(_PREFIX)}
     settings = content.get("hyper_parameters", {})
     if not state or "learning_rate" not in settings:
@@ -154,16 +152,3 @@ def check_choices(fade: float | None, slope: SLoPeConfig | None, weights: str | 
         raise ConfigError(
             f"mask='random' would throw away the masks of weights={weights!r}; give the first stage's mask"
         )
-
-
-def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file (working directory: {Path.cwd()}); expected a checkpoint")
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "it is empty"
-        raise CheckpointError(f"{file} is damaged or no checkpoint ({type(error).__name__}: {reason})") from error
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        raise CheckpointError(f"{file} holds no state_dict of a Lightning module; expected a checkpoint")
-    return content
