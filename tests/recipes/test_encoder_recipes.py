@@ -10,7 +10,9 @@ import transformers as hf
 from recipes.bert_large import glue, squad
 from recipes.bert_large.glue_module import BertGlue
 from recipes.bert_large.glue_sample import write_sample
-from slope_pl import CheckpointError, ConfigError, sparse_layers
+from recipes.bert_large.module import BertSquad
+from slope_pl import CheckpointError, ConfigError, ConversionError, sparse_layers
+from slope_pl.lightning import Distillation, frozen_copy
 from slope_pl.models import Encoder
 from tests.unit.test_pair_tokenizer import folder as roberta_tokenizer  # noqa: F401 - a fixture
 
@@ -120,6 +122,31 @@ def test_teacher_and_both_stages(tmp_path, data, roberta):
     assert validated["scores"] == faded["scores"]
     with pytest.raises(CheckpointError, match="the checkpoint is of a dense model, the configuration is 2:4 sparse"):
         on_glue(tmp_path, "validate", roberta, data, "--ckpt_path", faded["checkpoint"])
+
+
+def test_weights_that_are_not_those_of_the_first_stages_end(tmp_path, data, distilbert, checkpoints):
+    content = torch.load(checkpoints["faded"], weights_only=True)
+    content["state_dict"]["net.model.distilbert.transformer.layer.1.ffn.lin1.weight"].normal_()
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(ConversionError, match=r"layer .*ffn\.lin1' has another mask than it was faded to"):
+        on_glue(tmp_path, "fit", distilbert, data, "--model.weights", str(tmp_path / "other.ckpt"))
+
+
+@pytest.mark.parametrize("task", ["rte", "stsb", "squad"])
+def test_the_loss_is_the_distance_to_the_teacher_where_labels_are_ignored(monkeypatch, task):
+    architecture = SIZES | {"vocab_size": 64, "max_position_embeddings": 16}
+    module = BertSquad(bert=architecture) if task == "squad" else BertGlue(task, bert=architecture)
+    module.configure_model()
+    module.eval()
+    monkeypatch.setattr(module, "log", lambda *args, **options: None)
+    ids = torch.randint(0, 64, (4, 8))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": ids * 0}
+    labels = torch.tensor([0.5, 4.0, 1.0, 2.0]) if task == "stsb" else torch.tensor([0, 1, 1, 0])
+    batch |= {"start_positions": labels, "end_positions": labels} if task == "squad" else {"labels": labels}
+    alone = module.training_step(batch, 0)
+    assert alone > 0.1
+    module.distillation = Distillation(frozen_copy(module.net), module.head, weight=0.75)
+    torch.testing.assert_close(module.training_step(batch, 0), 0.25 * alone)  # its own copy is at no distance
 
 
 @pytest.fixture(scope="module")
