@@ -247,7 +247,7 @@ def test_a_fraction_of_all_steps(tmp_path):
     assert callback.steps == 5
     zeros = [bool((now[f"{NAMES[0]}.weight"][~callback.masks()[NAMES[0]]] == 0).all()) for now in recorder.at.values()]
     assert zeros.index(True) == 5
-    with pytest.raises(ScheduleError, match="fraction=0.5 of an unknown number of steps"):
+    with pytest.raises(ScheduleError, match=r"fraction=0\.5 of an unknown number of steps"):
         make_trainer(tmp_path, FadeCallback(fraction=0.5), max_steps=-1, max_epochs=-1).fit(Toy())
 
 
