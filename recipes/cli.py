@@ -1,5 +1,6 @@
 """The command line of every recipe: Lightning's, over base configs, with checkpoints that say what they replace."""
 
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import lightning.pytorch as pl
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningCLI
 
+from recipes.checkpoints import refuse_foreign
 from slope_pl import CheckpointError
 
 Own = dict[str, Callable[[list[str]], None]]
@@ -50,6 +52,9 @@ class RecipeCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Take the model's settings from the checkpoint, as Lightning does, but say where they replace the given ones."""
         given = self._model_settings()
+        path = self.config.get(self.config.get("subcommand") or "", {}).get("ckpt_path")
+        if path and Path(path).is_file():  # a sharded one is a folder, which Lightning reads
+            refuse_foreign(path, given, self.parser.prog)
         super()._parse_ckpt_path()
         used = self._model_settings()
         if self.kind(given) != self.kind(used):
@@ -132,6 +137,7 @@ def exporter(module: type[Any], prog: str) -> Callable[[list[str]], None]:
         parser = checkpoint_parser(f"{prog} export", "Write a checkpoint as a dense Hugging Face model.")
         parser.add_argument("--folder", type=str, required=True, help="where config.json and model.safetensors go")
         options = parser.parse_args(arguments)
+        refuse_foreign(options.ckpt_path, inspect.signature(module.__init__).parameters, prog)
         module.load_from_checkpoint(options.ckpt_path, map_location="cpu", weights_only=True).export(options.folder)
         print(f"Dense Hugging Face model: {options.folder}")
 

@@ -1,33 +1,66 @@
 """What fine-tuning BERT on a task has in common: where weights come from, AdamW, what a checkpoint holds, the export."""
 
+import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import nn
+from torch import Tensor, nn
 
-from recipes.bert_large.pretrain_checkpoint import (
-    check_masks,
-    load_pretraining_checkpoint,
-    read_pretraining_checkpoint,
+from recipes.bert_large.pretrain_checkpoint import check_masks, load_pretraining_checkpoint, read_pretraining_checkpoint
+from recipes.bert_large.starts import (
+    FineTuned,
+    TeacherConfig,
+    check_choices,
+    is_fine_tuned,
+    load_dense,
+    read_fine_tuned,
 )
-from slope_pl import SLoPeLightningModule, dense_state_dict, sparse_layers
+from slope_pl import ConfigError, SLoPeConfig, SLoPeLightningModule, dense_state_dict, sparse_layers
+from slope_pl.config import as_config
+from slope_pl.lightning import Distillation, FadeCallback, check_faded_masks
 from slope_pl.models import (
     BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    Encoder,
+    EncoderTask,
     PretrainedUnavailableError,
+    encoder_from_config,
     load_config,
+    load_encoder,
+    load_model_type,
     load_pretrained,
     save_pretrained,
 )
 
+Architecture = BertConfig | dict[str, Any]  # of this package's BERT, or config.json of a transformers encoder
+Batch = dict[str, Tensor]
+
 
 class BertFineTuning(SLoPeLightningModule):
-    """Base of the recipes' modules. A subclass calls :meth:`take` in its constructor and has :meth:`new_net`."""
+    """Base of the recipes' modules. A subclass calls :meth:`take` in its constructor.
+
+    Attributes:
+        head: what the head is for.
+        num_labels: its outputs, for classification and regression.
+    """
 
     net: Any
+    head: EncoderTask = "question_answering"
+    num_labels: int | None = None
+    task: str | None = None
+
+    def __init__(self, slope: SLoPeConfig | dict[str, Any] | None, fade: float | None) -> None:
+        # The first stage of a gradual start is a dense run; its masks are in the callback below.
+        super().__init__(slope=None if fade is not None else slope)
+        self.masks = as_config(slope)
+        self.fade = fade
 
     def take(
         self,
@@ -35,6 +68,8 @@ class BertFineTuning(SLoPeLightningModule):
         weights: str | None,
         require_weights: bool,
         bert: BertConfig | dict[str, Any] | None,
+        encoder: dict[str, Any] | None,
+        teacher: TeacherConfig | dict[str, Any] | None,
         learning_rate: float,
         weight_decay: float,
         adapter_weight_decay: float,
@@ -44,6 +79,7 @@ class BertFineTuning(SLoPeLightningModule):
 
         Raises:
             ValueError: if one is out of range.
+            ConfigError: if one has no effect.
         """
         for name, value, low, high in (
             ("learning_rate", learning_rate, 0.0, 1.0),
@@ -53,49 +89,55 @@ class BertFineTuning(SLoPeLightningModule):
         ):
             if not low < value < high:
                 raise ValueError(f"{name}={value}: a number between {max(low, 0):g} and {high:g} is expected")
+        check_choices(self.fade, self.masks, weights, faded=False)
+        if bert is not None and encoder is not None:
+            raise ConfigError("bert and encoder are both set, which are two architectures; give one of them")
         self.weights, self.require_weights = weights, require_weights
         self.bert = BertConfig.from_dict(bert) if isinstance(bert, dict) else bert
+        self.encoder = encoder
+        self.teacher = TeacherConfig(**teacher) if isinstance(teacher, dict) else teacher
+        if self.teacher is not None:
+            # Only to check the numbers, before anything is read.
+            Distillation(nn.Identity(), self.head, self.teacher.temperature, self.teacher.weight)
         self.learning_rate, self.warmup = learning_rate, warmup
         self.decay = {"weights": weight_decay, "no_decay": 0.0, "adapters": adapter_weight_decay}
         self.restores_checkpoint = False
         self.net = None
+        self.distillation: Distillation | None = None
+        self._faded: FineTuned | None = None
 
     # ------------------------------------------------------------------------------------------------ model
 
-    def new_net(self, config: BertConfig) -> nn.Module:
-        """A dense net with the task's head."""
-        raise TypeError(f"{type(self).__name__} has no new_net(config)")
+    def new_net(self, architecture: Architecture) -> nn.Module:
+        """A dense net with the task's head: this package's BERT, or an encoder of transformers."""
+        if not isinstance(architecture, BertConfig):
+            classes = self.num_labels if self.head == "classification" else None
+            return encoder_from_config(architecture, self.head, classes)
+        if self.num_labels is None:
+            return BertForQuestionAnswering(architecture)
+        return BertForSequenceClassification(architecture, self.num_labels)
 
-    def read_weights(self, net: nn.Module, source: str) -> str:
-        """Read weights into a dense net; returns a line for the log.
-
-        A sparse pretraining checkpoint makes the net sparse, by its own masks.
-
-        Raises:
-            PretrainedMismatchError: if shapes differ.
-            CheckpointError: if a pretraining checkpoint does not fit the net or the method.
-        """
-        if is_checkpoint(source):
-            return load_pretraining_checkpoint(net, source, self.slope_config).summary()
-        return f"Weights from {source}: {load_pretrained(net, source).summary()}."  # type: ignore[arg-type]
+    def check_source(self, source: str) -> None:
+        """Raise if pretrained weights, a folder or hub id, are not for this task."""
 
     def configure_model(self) -> None:
         """Build the net, load pretrained weights, then make it sparse: masks are chosen from what was loaded."""
         if self.net is None:
             self.net = self._build()
         super().configure_model()
+        if self._faded is not None and self._faded.masks is not None:
+            check_faded_masks(self, self._faded.masks)
+            self._faded = None
 
     def _build(self) -> nn.Module:
         # A checkpoint that is about to be restored brings its own weights, and so does load_from_checkpoint.
         fresh = self._trainer is not None and not self.restores_checkpoint
-        if self.weights is not None:
+        given = self.encoder or self.bert
+        if self.weights is not None and (fresh or given is None):
             try:
-                net = self.new_net(self.bert or architecture(self.weights))
-                if fresh:
-                    rank_zero_info(self.read_weights(net, self.weights))
-                return net
+                return self._from_weights(self.weights, given, fresh)
             except PretrainedUnavailableError as error:
-                if self.require_weights:
+                if self.require_weights or self.encoder is not None:
                     raise
                 if fresh:
                     warnings.warn(
@@ -104,7 +146,116 @@ class BertFineTuning(SLoPeLightningModule):
                     )
         elif fresh:
             rank_zero_info("Weights: none given, starting from random ones.")
-        return self.new_net(self.bert or BertConfig.large())
+        return self.new_net(given or BertConfig.large())
+
+    def _from_weights(self, source: str, given: Architecture | None, fresh: bool) -> nn.Module:
+        """The net of a folder, hub id or checkpoint, and if ``fresh`` its weights.
+
+        Raises:
+            PretrainedMismatchError: if shapes differ.
+            CheckpointError: if a checkpoint does not fit the net or the method.
+            ConfigError: if an architecture is given beside weights that bring another.
+        """
+        if is_checkpoint(source) and is_fine_tuned(source):
+            saved = read_fine_tuned(source)
+            net = self.new_net(given or architecture_of(saved.settings))
+            if fresh:
+                self._start_from(net, saved)
+            return net
+        if is_checkpoint(source):
+            net = self.new_net(given or read_pretraining_checkpoint(source).bert)
+            if fresh:
+                rank_zero_info(load_pretraining_checkpoint(net, source, self.slope_config).summary())
+            return net
+        kind = load_model_type(source)
+        if kind == "bert" and self.encoder is None:
+            net = self.new_net(self.bert or load_config(source))
+            if fresh:
+                self.check_source(source)
+                rank_zero_info(f"Weights from {source}: {load_pretrained(net, source).summary()}.")  # type: ignore[arg-type]
+            return net
+        if given is not None:
+            what = "encoder" if self.encoder is not None else "bert"
+            raise ConfigError(
+                f"model.{what} is set beside weights={source!r}, a {kind}, which bring their own architecture: leave it out"
+            )
+        self.check_source(source)
+        encoder = load_encoder(source, self.head, self.num_labels if self.head == "classification" else None)
+        if fresh:
+            rank_zero_info(f"Weights from {source}: a {kind} of transformers.")
+        return encoder
+
+    def _start_from(self, net: nn.Module, saved: FineTuned) -> None:
+        faded = saved.masks is not None
+        check_choices(self.fade, self.masks, self.weights, faded)
+        load_dense(net, saved, self.task, "model.weights")
+        if faded:
+            self._faded = saved
+        how = "faded to 2:4 masks" if faded else "dense"
+        rank_zero_info(f"Weights from {saved.path}: {len(saved.state)} tensors, head included, {how}.")
+
+    def load_teacher(self) -> None:
+        """Read the teacher, once training begins: no other stage needs it.
+
+        Raises:
+            CheckpointError: it is not a dense checkpoint of this task.
+            ValueError: its vocabulary is another one than the model's.
+        """
+        if self.teacher is None:
+            return
+        saved = read_fine_tuned(self.teacher.checkpoint)
+        net = self.new_net(architecture_of(saved.settings))
+        load_dense(net, saved, self.task, "model.teacher.checkpoint")
+        theirs, own = net.config.vocab_size, self._model().config.vocab_size  # type: ignore[union-attr]
+        if theirs != own:
+            raise ValueError(
+                f"the teacher {saved.path} has a vocabulary of {theirs} tokens, the model one of {own}: both read the same ids"
+            )
+        self.distillation = Distillation(net, self.head, self.teacher.temperature, self.teacher.weight)
+        rank_zero_info(f"Teacher: {saved.path}, {self.distillation.teacher_bytes():,} bytes.")
+
+    def on_fit_start(self) -> None:
+        """Fail before the first step, not inside an embedding, if data and model do not fit."""
+        self.check_sizes()
+        self.load_teacher()
+
+    def on_validation_start(self) -> None:
+        """Likewise, where nothing is trained."""
+        self.check_sizes()
+
+    on_predict_start = on_validation_start
+
+    def check_sizes(self) -> None:
+        """Compare vocabulary and lengths of the data module with the model's.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        net, data = self._model(), self.trainer.datamodule  # type: ignore[attr-defined]
+        self.check_vocabulary(data.vocab_size)
+        if isinstance(net, Encoder) and data.pad != net.config.pad_token_id:
+            # RoBERTa's counts positions by it.
+            raise ValueError(
+                f"the tokenizer pads with {data.pad}, the model with {net.config.pad_token_id}: data.tokenizer and "
+                "model.weights do not belong together"
+            )
+        longest = getattr(net, "max_length", net.config.max_position_embeddings)
+        if data.max_length > longest:
+            raise ValueError(
+                f"data.max_length is {data.max_length}, but the model has {longest} positions: "
+                "make data.max_length as small"
+            )
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """What net and teacher take."""
+        return batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """With the fade of a first stage."""
+        callbacks = super().configure_callbacks()
+        if self.fade is not None:
+            callbacks.append(FadeCallback(config=self.masks, fraction=self.fade))
+        return callbacks
 
     def _model(self) -> Any:
         assert self.net is not None, "configure_model() builds it"
@@ -121,7 +272,8 @@ class BertFineTuning(SLoPeLightningModule):
 
     def on_train_end(self) -> None:
         """Check that the masks of a pretraining checkpoint are those of the end."""
-        if is_checkpoint(self.weights) and self.trainer.is_global_zero and sparse_layers(self):
+        pretrained = is_checkpoint(self.weights) and not is_fine_tuned(str(self.weights))
+        if pretrained and self.trainer.is_global_zero and sparse_layers(self):
             layers = check_masks(self._model(), str(self.weights))
             print(f"Masks of {layers} layers are still those of {self.weights}.", flush=True)
 
@@ -140,28 +292,34 @@ class BertFineTuning(SLoPeLightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the architecture: a checkpoint is enough to rebuild the model, wherever the weights came from."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["bert"] = self._model().config.to_dict()
+        saved, net = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY], self._model()
+        own = isinstance(net.config, BertConfig)
+        saved["bert"] = net.config.to_dict() if own else None
+        saved["encoder"] = None if own else json.loads(net.config.to_json_string(use_diff=False))
+        # A plain mapping: the file then loads with weights_only=True.
+        saved["teacher"] = None if self.teacher is None else asdict(self.teacher)
 
     def export(self, folder: str) -> None:
         """Write a dense Hugging Face model: zeros in place of pruned weights, awake adapters added in."""
         net = self._model()
-        save_pretrained(net, folder, dense_state_dict(net))
+        if not isinstance(net, Encoder):
+            save_pretrained(net, folder, dense_state_dict(net))
+            return
+        dense = self.new_net(net.config.to_dict())
+        dense.load_state_dict(dense_state_dict(net))
+        dense.model.save_pretrained(folder)  # type: ignore[union-attr,operator]
 
 
 def is_checkpoint(source: str | None) -> bool:
-    """Whether weights come from a checkpoint of recipes.bert_large.pretrain, whose masks are then kept."""
+    """Whether weights come from a checkpoint: of pretraining, whose masks are kept, or of a dense run of this recipe."""
     return source is not None and source.endswith(".ckpt")
 
 
-def architecture(source: str) -> BertConfig:
-    """The architecture of weights: a folder with config.json, a hub id, or a .ckpt of recipes.bert_large.pretrain.
-
-    Raises:
-        PretrainedUnavailableError: the hub does not deliver.
-        PretrainedFilesError: the folder lacks files.
-        CheckpointError: the .ckpt is of something else.
-    """
-    return read_pretraining_checkpoint(source).bert if is_checkpoint(source) else load_config(source)
+def architecture_of(settings: Mapping[str, Any]) -> Architecture:
+    """The architecture that a module's saved settings name."""
+    if settings.get("encoder") is not None:
+        return dict(settings["encoder"])
+    return BertConfig.from_dict(settings["bert"])
 
 
 def parameter_groups(

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
+from recipes.bert_large.finetuning_cli import FineTuningCLI
 from recipes.bert_large.glue_module import BertGlue
+from recipes.checkpoints import read_checkpoint
 from recipes.cli import RecipeCLI, exporter, run_recipe
 from slope_pl import CheckpointError
 from slope_pl.data import GlueDataModule, GlueScores
@@ -24,7 +26,7 @@ PROG = "python -m recipes.bert_large.glue"
 EPOCHS, EPOCHS_OF = 3, {"cola": 5}  # published
 
 
-class GlueCLI(RecipeCLI):
+class GlueCLI(FineTuningCLI):
     """With a task that data and model share."""
 
     stages = ("fit", "validate", "predict")
@@ -46,8 +48,8 @@ class GlueCLI(RecipeCLI):
         section = self.config.get(self.config.get("subcommand") or "", {})
         path = section.get("ckpt_path")
         if path and Path(path).is_file():
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("hyper_parameters", {})
-            _check_kind(saved, dense=section["model"].slope is None, task=section["data"].task)
+            saved = read_checkpoint(path).get("hyper_parameters", {})
+            _check_kind(saved, self._model_settings(), task=section["data"].task)
         super()._parse_ckpt_path()
 
     def after_predict(self) -> None:
@@ -72,18 +74,17 @@ class GlueCLI(RecipeCLI):
             print(f"Answers: {file}")
 
 
-def _check_kind(saved: dict[str, Any], dense: bool, task: str) -> None:
+def _check_kind(saved: dict[str, Any], given: dict[str, Any], task: str) -> None:
     if "task" not in saved:
         return  # not of this recipe: loading it says what is wrong
     if saved["task"] != task:
         raise CheckpointError(
             f"the checkpoint is of {saved['task']}, the task is {task}: use --data.task {saved['task']}"
         )
-    if (saved.get("slope") is None) != dense:
-        kinds = ["dense" if saved.get("slope") is None else "2:4 sparse", "dense" if dense else "2:4 sparse"]
+    kinds = [GlueCLI.kind(settings) for settings in (saved, given)]
+    if kinds[0] != kinds[1]:
         raise CheckpointError(
-            f"the checkpoint is of a {kinds[0]} model, the configuration is {kinds[1]}: use glue.yaml with sparse "
-            "checkpoints and glue_dense.yaml with dense ones"
+            f"the checkpoint is of a {kinds[0]} model, the configuration is {kinds[1]}: {GlueCLI.advice}"
         )
 
 

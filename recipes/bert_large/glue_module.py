@@ -4,17 +4,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from recipes.bert_large.finetuning import BertFineTuning, is_checkpoint
+from recipes.bert_large.finetuning import Batch, BertFineTuning
 from recipes.bert_large.glue_labels import name_labels, refuse_other_task
+from recipes.bert_large.starts import TeacherConfig
 from slope_pl import SLoPeConfig
 from slope_pl.data import GlueDataModule, GlueScores
 from slope_pl.data.glue_metrics import combine
 from slope_pl.data.glue_tasks import task_info
-from slope_pl.models import BertConfig, BertForSequenceClassification
-
-Batch = dict[str, Tensor]
+from slope_pl.models import BertConfig
 
 
 class BertGlue(BertFineTuning):
@@ -22,12 +21,18 @@ class BertGlue(BertFineTuning):
 
     Args:
         task: the data module's task; on the command line it is taken from --data.task.
-        weights: pretrained weights to start from: a folder with config.json and model.safetensors, a hub id such as
-            google-bert/bert-large-uncased, or a .ckpt of recipes.bert_large.pretrain, whose masks are then kept. Null starts
-            from random weights. A hub id that cannot be reached is a loud warning and random weights; see require_weights.
+        weights: what to start from: a folder with config.json and model.safetensors, or a hub id. A BERT
+            (google-bert/bert-large-uncased, MiniLM) is this package's own; RoBERTa, DistilBERT and the like need transformers.
+            A .ckpt of recipes.bert_large.pretrain keeps its masks; a .ckpt of a dense run of this recipe, on the same task,
+            brings its head too, and its masks if it was made with fade. Null starts from random weights. A hub id that cannot
+            be reached is a loud warning and random weights; see require_weights.
         require_weights: stop instead when the hub cannot be reached.
         bert: the architecture; null takes that of the weights, and without weights BERT-Large (24 layers of 1024).
+        encoder: the architecture of an encoder of transformers, as in its config.json: what checkpoints hold. Without weights.
         slope: how the model is made sparse; null trains it dense.
+        fade: first stage of a gradual start: train a dense model, and let the weights that slope prunes fade to zero in this
+            share of the steps. The second stage takes this one's checkpoint as weights.
+        teacher: a dense model whose outputs are learnt beside the labels.
         learning_rate: peak of the schedule.
         weight_decay: of the weights; biases and norms have none.
         adapter_weight_decay: of the low-rank adapters (the published runs use 1e-4).
@@ -40,46 +45,46 @@ class BertGlue(BertFineTuning):
         weights: str | None = None,
         require_weights: bool = False,
         bert: BertConfig | dict[str, Any] | None = None,
+        encoder: dict[str, Any] | None = None,
         slope: SLoPeConfig | None = None,
+        fade: float | None = None,
+        teacher: TeacherConfig | None = None,
         learning_rate: float = 2.4e-5,
         weight_decay: float = 0.01,
         adapter_weight_decay: float = 1e-4,
         warmup: float = 0.1,
     ) -> None:
-        super().__init__(slope=slope)
+        super().__init__(slope, fade)
+        self.info = task_info(task)
+        self.task, self.num_labels = task, self.info.num_labels
+        self.head = "regression" if self.info.regression else "classification"
         self.take(
             weights=weights,
             require_weights=require_weights,
             bert=bert,
+            encoder=encoder,
+            teacher=teacher,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             adapter_weight_decay=adapter_weight_decay,
             warmup=warmup,
         )
-        self.info = task_info(task)
-        self.task = task
         self._scores: dict[str, list[GlueScores]] = {}  # in lists, so that they are no submodules
         self.save_hyperparameters()
 
     # ------------------------------------------------------------------------------------------------ model
 
-    def new_net(self, config: BertConfig) -> BertForSequenceClassification:
-        """With a head for the task's classes, or its score."""
-        return BertForSequenceClassification(config, self.info.num_labels)
-
-    def read_weights(self, net: nn.Module, source: str) -> str:
-        """As in the base class.
+    def check_source(self, source: str) -> None:
+        """Refuse a model that was fine-tuned on another task of GLUE.
 
         Raises:
-            PretrainedMismatchError: if the weights' head is another task's.
+            PretrainedMismatchError: it was.
         """
-        if not is_checkpoint(source):
-            refuse_other_task(source, self.info)
-        return super().read_weights(net, source)
+        refuse_other_task(source, self.info)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits ``(B, num_labels)`` of a batch of the data module."""
-        return self._model()(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]).logits
+        return self._model()(*self.inputs(batch)).logits
 
     def setup(self, stage: str) -> None:
         """Fail before the first step, not inside an embedding, if data and model do not fit."""
@@ -88,37 +93,24 @@ class BertGlue(BertFineTuning):
         if data.task != self.task:
             raise ValueError(f"the data is {data.task}'s, the model {self.task}'s: give both the same task")
 
-    def on_fit_start(self) -> None:
-        """Check the sizes; the model is there by now."""
-        self._check_sizes()
-
-    on_validation_start = on_predict_start = on_fit_start
-
-    def _check_sizes(self) -> None:
-        config, data = self._model().config, self._data()
-        self.check_vocabulary(data.vocab_size)
-        if data.max_length > config.max_position_embeddings:
-            raise ValueError(
-                f"data.max_length is {data.max_length}, but the model has {config.max_position_embeddings} positions: "
-                "make data.max_length as small"
-            )
-
     def _data(self) -> GlueDataModule:
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
     # ------------------------------------------------------------------------------------------------ steps
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean cross-entropy; for STS-B the mean squared error of the score."""
+        """Mean cross-entropy, for STS-B the mean squared error of the score; with a teacher, its part added."""
         logits, labels = self(batch).float(), batch["labels"]
         loss = F.mse_loss(logits.squeeze(1), labels) if self.info.regression else F.cross_entropy(logits, labels)
+        if self.distillation is not None:
+            loss = self.distillation(loss, logits, self.inputs(batch))
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def on_validation_epoch_start(self) -> None:
         """Start fresh scores over the evaluation sets."""
         self._scores = {
-            split: [GlueScores(self.task, torch.from_numpy(rows.labels)).to(self.device)]
+            split: [GlueScores(self.info.name, torch.from_numpy(rows.labels)).to(self.device)]
             for split, rows in self._data().dev_rows.items()
         }
 

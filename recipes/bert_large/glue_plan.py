@@ -2,18 +2,17 @@
 
 import importlib.util
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from recipes.bert_large.glue_sample import write_sample
+from recipes.bert_large.methods import Place
 from recipes.launching import hub_is_reachable
 from slope_pl.data import DataUnavailableError
 from slope_pl.data.glue import HUB, find_glue_file, is_local
 from slope_pl.data.glue_tasks import TASKS, task_info
 
-HERE = Path(__file__).parent
 # The rate that is run if nothing is said, then the sweep.
 RATES: dict[str, tuple[float, ...]] = {
     "glue_base.yaml": (2.4e-5, 2.4e-6, 8e-6, 5e-5),
@@ -22,41 +21,6 @@ RATES: dict[str, tuple[float, ...]] = {
 }
 _SHORT = ("--data.max_train_rows", "256", "--data.max_dev_rows", "128", "--data.num_workers", "0",
           "--trainer.max_epochs", "1", "--trainer.precision", "32-true")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where and on what the runs are made.
-
-    Attributes:
-        config: of this folder, laid under the method's.
-        data: hub id, or a folder.
-        weights: hub id, or a folder; None for the config's own.
-        arguments: for all runs, before the user's.
-    """
-
-    config: str
-    data: str
-    weights: str | None
-    arguments: tuple[str, ...] = ()
-
-    @property
-    def settings(self) -> str:
-        """For the CSV: without folders that only this machine has."""
-        parts = [self.config, f"data={_tail(self.data, 1)}"]
-        parts += [f"weights={_tail(self.weights, 2)}"] if self.weights else []
-        return " ".join([*parts, *self.arguments])
-
-    def command_line(self) -> list[str]:
-        """Arguments of recipes.bert_large.glue."""
-        # glue_base.yaml lies under every run anyway.
-        config = [] if self.config == "glue_base.yaml" else ["--config", str(HERE / self.config)]
-        weights = ["--model.weights", self.weights, "--data.tokenizer", self.weights] if self.weights else []
-        return [*config, "--data.source", self.data, *weights, *self.arguments]
-
-
-def _tail(place: str, parts: int) -> str:
-    return "/".join(Path(place).parts[-parts:]) if is_local(place) else place
 
 
 def choose_place(config: str | None, data: str | None, weights: str | None, runs: Path) -> Place:

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 
-from recipes.bert_large.glue_ledger import Result
+from recipes.bert_large.ledger import Result
 from slope_pl.data.glue_tasks import TASKS
 
 # SLoPe, BERT-Large on GLUE, by task (slope-method.md, 10.9): Matthews, accuracy, F1, not stated, F1, accuracy x 3.
@@ -54,32 +54,41 @@ def report(results: Sequence[Result]) -> str:
 def _table(results: Sequence[Result], tasks: Sequence[str], compared: Sequence[str]) -> str:
     best = best_rates(results)
     lines = _header(tasks, compared, "seeds | ")
-    for label in dict.fromkeys(r.label for r in results):
+    means: dict[str, float] = {}
+    for label in sorted({r.label for r in results}, key=lambda label: (label != "dense", label)):
         own = [r for r in results if r.label == label and r.rate == best[r.settings, r.task, label]]
-        by_task = {task: [r.published for r in own if r.task == task] for task in tasks}
+        by_task = {task: {r.seed: r.published for r in own if r.task == task} for task in tasks}
         seeds = sorted({len(values) for values in by_task.values() if values})
-        mean = "-"
+        mean = difference = "-"
         if compared and all(by_task[task] for task in compared):
-            mean = f"**{statistics.mean(statistics.mean(by_task[task]) for task in compared):.2f}**"
-        cells = [_spread(values) for values in by_task.values()]
+            means[label] = statistics.mean(statistics.mean(by_task[task].values()) for task in compared)
+            common = set.intersection(*(set(by_task[task]) for task in compared))
+            # The spread of the average: of the averages that each seed gives.
+            averages = [statistics.mean(by_task[task][seed] for task in compared) for seed in sorted(common)]
+            mean = f"**{means[label]:.2f}**" + (f" ± {statistics.stdev(averages):.2f}" if len(averages) > 1 else "")
+            difference = f"{means[label] - means['dense']:+.2f}" if "dense" in means else "-"
+        cells = [spread(list(values.values())) for values in by_task.values()]
         count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-        lines.append(f"| {label} | {count} | {' | '.join(cells)} | {mean} |")
+        lines.append(f"| {label} | {count} | {' | '.join(cells)} | {mean} | {difference} |")
     return "\n".join(lines)
 
 
 def published(tasks: Sequence[str], compared: Sequence[str]) -> str:
     """The published rows, cut to the tasks of a comparison, with the mean over these."""
     lines = _header(tasks, compared, "")
+    dense = 0.0
     for label, values in PUBLISHED.items():
         by_task = dict(zip(PUBLISHED_TASKS, values, strict=True))
         cells = [f"{by_task[task]}" if task in by_task else "-" for task in tasks]
-        lines.append(f"| {label} | {' | '.join(cells)} | {statistics.mean(by_task[t] for t in compared):.2f} |")
+        mean = statistics.mean(by_task[t] for t in compared)
+        dense = mean if label == "dense" else dense
+        lines.append(f"| {label} | {' | '.join(cells)} | {mean:.2f} | {mean - dense:+.2f} |")
     return "\n".join(lines)
 
 
 def _header(tasks: Sequence[str], compared: Sequence[str], extra: str) -> list[str]:
     names = [f"{TASKS[task].folder} ({_metric(task)})" for task in tasks]
-    columns = f"method | {extra}{' | '.join(names)} | mean of {len(compared)}"
+    columns = f"method | {extra}{' | '.join(names)} | mean of {len(compared)} | to dense"
     return [f"| {columns} |", "|" + "---|" * (columns.count("|") + 1)]
 
 
@@ -102,7 +111,8 @@ def _rates(results: Sequence[Result]) -> str:
     return f"Rates: {', '.join(f'{rate:g}' for rate in sorted({r.rate for r in results}))}."
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """Mean, and standard deviation over seeds where there are several."""
     if not values:
         return "-"
     mean = f"{statistics.mean(values):.2f}"

@@ -5,24 +5,29 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from recipes.bert_large.finetuning import BertFineTuning
+from recipes.bert_large.finetuning import Batch, BertFineTuning
+from recipes.bert_large.starts import TeacherConfig
 from slope_pl import SLoPeConfig
 from slope_pl.data import SquadDataModule, SquadSpans
-from slope_pl.models import BertConfig, BertForQuestionAnswering
-
-Batch = dict[str, Tensor]
+from slope_pl.models import BertConfig
 
 
 class BertSquad(BertFineTuning):
     """BERT that finds answers in a context (Devlin et al. 2018, section 4.2).
 
     Args:
-        weights: pretrained weights to start from: a folder with config.json and model.safetensors, a hub id such as
-            google-bert/bert-large-uncased, or a .ckpt of recipes.bert_large.pretrain, whose masks are then kept. Null starts
-            from random weights. A hub id that cannot be reached is a loud warning and random weights; see require_weights.
+        weights: what to start from: a folder with config.json and model.safetensors, or a hub id. A BERT
+            (google-bert/bert-large-uncased, MiniLM) is this package's own; RoBERTa, DistilBERT and the like need transformers.
+            A .ckpt of recipes.bert_large.pretrain keeps its masks; a .ckpt of a dense run of this recipe, on the same task,
+            brings its head too, and its masks if it was made with fade. Null starts from random weights. A hub id that cannot
+            be reached is a loud warning and random weights; see require_weights.
         require_weights: stop instead when the hub cannot be reached.
         bert: the architecture; null takes that of the weights, and without weights BERT-Large (24 layers of 1024).
+        encoder: the architecture of an encoder of transformers, as in its config.json: what checkpoints hold. Without weights.
         slope: how the model is made sparse; null trains it dense.
+        fade: first stage of a gradual start: train a dense model, and let the weights that slope prunes fade to zero in this
+            share of the steps. The second stage takes this one's checkpoint as weights.
+        teacher: a dense model whose outputs are learnt beside the labels.
         learning_rate: peak of the schedule.
         weight_decay: of the weights; biases and norms have none.
         adapter_weight_decay: of the low-rank adapters (the published runs use 1e-4).
@@ -36,7 +41,10 @@ class BertSquad(BertFineTuning):
         weights: str | None = None,
         require_weights: bool = False,
         bert: BertConfig | dict[str, Any] | None = None,
+        encoder: dict[str, Any] | None = None,
         slope: SLoPeConfig | None = None,
+        fade: float | None = None,
+        teacher: TeacherConfig | None = None,
         learning_rate: float = 3e-5,
         weight_decay: float = 0.01,
         adapter_weight_decay: float = 1e-4,
@@ -44,11 +52,13 @@ class BertSquad(BertFineTuning):
         n_best: int = 20,
         max_answer_length: int = 30,
     ) -> None:
-        super().__init__(slope=slope)
+        super().__init__(slope, fade)
         self.take(
             weights=weights,
             require_weights=require_weights,
             bert=bert,
+            encoder=encoder,
+            teacher=teacher,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             adapter_weight_decay=adapter_weight_decay,
@@ -60,17 +70,10 @@ class BertSquad(BertFineTuning):
 
     # ------------------------------------------------------------------------------------------------ model
 
-    def new_net(self, config: BertConfig) -> BertForQuestionAnswering:
-        """With a head for start and end."""
-        return BertForQuestionAnswering(config)
-
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Start and end logits, both ``(B, T)``, of a batch of the data module."""
-        return self._model()(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
-
-    def on_fit_start(self) -> None:
-        """Fail before the first step, not inside an embedding, if vocabulary and model do not fit."""
-        self.check_vocabulary(self._data().vocab_size)
+        out = self._model()(*self.inputs(batch))
+        return out.start_logits, out.end_logits
 
     def _data(self) -> SquadDataModule:
         return self.trainer.datamodule  # type: ignore[attr-defined]
@@ -78,11 +81,14 @@ class BertSquad(BertFineTuning):
     # ------------------------------------------------------------------------------------------------ steps
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean of the cross-entropies of start and end position."""
+        """Mean of the cross-entropies of start and end position; with a teacher, its part added."""
         start_logits, end_logits = self(batch)
         start = F.cross_entropy(start_logits.float(), batch["start_positions"])
         end = F.cross_entropy(end_logits.float(), batch["end_positions"])
         loss = (start + end) / 2
+        if self.distillation is not None:
+            logits = start_logits, end_logits
+            loss = self.distillation(loss, logits, self.inputs(batch), batch["attention_mask"])
         self.log("train/loss", loss, prog_bar=True)
         return loss
 

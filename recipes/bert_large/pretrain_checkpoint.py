@@ -7,8 +7,6 @@ A sparse checkpoint makes the net sparse with the checkpoint's own masks, an inf
 dense one is loaded as it is; what the module then prunes, it prunes by trained weights.
 """
 
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recipes.checkpoints import read_checkpoint
 from slope_pl import CheckpointError, SLoPeConfig, sparse_layers, sparsify
 from slope_pl.lightning.checks import CHECKPOINT_KEY, check_format
 from slope_pl.models import BertConfig
@@ -97,27 +96,15 @@ def read_pretraining_checkpoint(path: str | Path) -> PretrainingCheckpoint:
     Raises:
         CheckpointError: no such file, not a checkpoint, a damaged one, or one of another model.
     """
-    file = Path(path).expanduser()
-    what = "expected a checkpoint of recipes.bert_large.pretrain"
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file (working directory: {Path.cwd()}); {what}")
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "it is empty"
-        raise CheckpointError(
-            f"{file} is damaged or no checkpoint ({type(error).__name__}: {reason}); {what}"
-        ) from error
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{file} holds no state_dict of a Lightning module; {what}")
-    state = {name.removeprefix(_PREFIX): t for name, t in state.items() if name.startswith(_PREFIX)}
+    file, what = Path(path).expanduser(), "a checkpoint of recipes.bert_large.pretrain"
+    content = read_checkpoint(file, what)
+    state = {name.removeprefix(_PREFIX): t for name, t in content["state_dict"].items() if name.startswith(_PREFIX)}
     settings = content.get("hyper_parameters", {})
     missing = [name for name in _HEADS if name not in state]
     if missing or not isinstance(settings.get("bert"), dict):
         raise CheckpointError(
             f"{file} is of another model: it has no {', '.join(_PREFIX + m for m in missing) or 'architecture of a BERT'} "
-            f"among its tensors ({', '.join(list(content['state_dict'])[:3])}, ...); {what}"
+            f"among its tensors ({', '.join(list(content['state_dict'])[:3])}, ...); expected {what}"
         )
     mark = content.get(CHECKPOINT_KEY)
     if mark is not None:

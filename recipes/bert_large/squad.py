@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from recipes.bert_large.finetuning_cli import FineTuningCLI
 from recipes.bert_large.module import BertSquad
 from recipes.cli import RecipeCLI, exporter, run_recipe
 from slope_pl.data import SquadDataModule, decode_predictions, write_predictions
@@ -20,7 +21,7 @@ from slope_pl.data import SquadDataModule, decode_predictions, write_predictions
 PROG = "python -m recipes.bert_large.squad"
 
 
-class SquadCLI(RecipeCLI):
+class SquadCLI(FineTuningCLI):
     """Without ``test``: SQuAD's test set is not public."""
 
     stages = ("fit", "validate", "predict")

@@ -12,8 +12,9 @@ from pathlib import Path
 from recipes import convergence
 from recipes.convergence import COLUMNS, Point, means_by_kind, thinned
 from recipes.convergence_plot import convergence_curves
-from recipes.gpt2.ledger import Curve, Result, append_rows
+from recipes.gpt2.ledger import Curve, Result
 from recipes.gpt2.report import best_rates
+from recipes.ledger import append_lines
 
 MOST_STEPS = 60
 _ADAPTER = re.compile(r"\s*--model\.(?:\w+\.)?adapter_(\w+)[ =](\S+)")
@@ -45,7 +46,7 @@ def append_trace(file: Path, run: str, trace: Path) -> bool:
     if not trace.is_file():
         return False
     means = thinned(means_by_kind(convergence.read(trace)), MOST_STEPS)
-    append_rows(adapters_file(file), ["run", *COLUMNS], [[run, *convergence.cells(point)] for point in means])
+    append_lines(adapters_file(file), ["run", *COLUMNS], [[run, *convergence.cells(point)] for point in means])
     return True
 
 

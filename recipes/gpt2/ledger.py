@@ -3,9 +3,11 @@
 import csv
 import hashlib
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from recipes.ledger import append_lines, append_row, read_rows
 
 
 @dataclass(frozen=True)
@@ -97,23 +99,14 @@ def read(file: Path) -> list[Result]:
     """All results of a file, in order; none if there is no file.
 
     Raises:
-        SystemExit: if it is another kind of CSV.
+        SystemExit: if it is another kind of CSV, or a row is damaged.
     """
-    if not file.is_file():
-        return []
-    with file.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    kinds = {field.name: field.type for field in fields(Result)}
-    if rows and rows[0].keys() != kinds.keys():
-        raise SystemExit(
-            f"{file}: its columns are {', '.join(rows[0])}, expected {', '.join(kinds)}; give another --csv"
-        )
-    return [Result(**{key: kinds[key](text) for key, text in row.items()}) for row in rows]  # type: ignore[operator]
+    return read_rows(file, Result)
 
 
 def append(file: Path, result: Result) -> None:
     """Add a row, and the header to a new file."""
-    append_rows(file, [field.name for field in fields(Result)], [list(asdict(result).values())])
+    append_row(file, result)
 
 
 def append_curve(file: Path, curve: Curve) -> None:
@@ -122,18 +115,7 @@ def append_curve(file: Path, curve: Curve) -> None:
         [curve.run, step, tokens, *("" if math.isnan(x) else x for x in losses)]
         for step, tokens, *losses in curve.points
     ]
-    append_rows(curves_file(file), ["run", "step", "tokens", "train_loss", "val_loss"], rows)
-
-
-def append_rows(file: Path, header: list[str], rows: list[list[Any]]) -> None:
-    """Add rows to a CSV file, and the header to a new one."""
-    new = not file.is_file()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        if new:
-            writer.writerow(header)
-        writer.writerows(rows)
+    append_lines(curves_file(file), ["run", "step", "tokens", "train_loss", "val_loss"], rows)
 
 
 def read_curves(file: Path) -> dict[str, Curve]:

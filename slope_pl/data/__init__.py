@@ -8,6 +8,7 @@ from slope_pl.data.glue_tasks import TASKS, TaskInfo
 from slope_pl.data.mlm_datamodule import MlmDataModule
 from slope_pl.data.mlm_pairs import MlmPairs
 from slope_pl.data.mlm_sentences import load_sentence_tokenizer, split_sentences
+from slope_pl.data.pair_tokenizer import PairTokenizer, load_pair_tokenizer
 from slope_pl.data.squad import Answer, DataUnavailableError, SquadExample, SquadFormatError, read_squad
 from slope_pl.data.squad_datamodule import SquadDataModule
 from slope_pl.data.squad_decode import NBest, SquadSpans, decode_predictions, score_predictions, write_predictions
@@ -32,6 +33,7 @@ __all__ = [
     "MlmPairs",
     "NBest",
     "PackedTokens",
+    "PairTokenizer",
     "ShardError",
     "ShardIndex",
     "SquadDataModule",
@@ -48,6 +50,7 @@ __all__ = [
     "decode_predictions",
     "glue_scores",
     "load_bpe",
+    "load_pair_tokenizer",
     "load_sentence_tokenizer",
     "load_wordpiece",
     "prepare_shards",

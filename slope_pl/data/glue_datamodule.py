@@ -12,7 +12,7 @@ from slope_pl.data.glue import HUB, find_glue_file, is_local, load_hub_split, re
 from slope_pl.data.glue_rows import GlueRows, build_rows
 from slope_pl.data.glue_tasks import task_info
 from slope_pl.data.loading import Batch, EpochSampler, LoaderModule, ResumableDataLoader, subset
-from slope_pl.data.tokenizer import load_wordpiece
+from slope_pl.data.pair_tokenizer import load_pair_tokenizer
 
 _BUCKET = 50  # batches whose rows are sorted by length together
 
@@ -88,7 +88,8 @@ class GlueDataModule(LoaderModule):
         task: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli.
         source: Where the data is: the hub data set nyu-mll/glue, or a folder in one of the layouts that
             slope_pl/data/glue.py describes (CoLA/train.tsv, CoLA/dev.tsv, ...).
-        tokenizer: A vocab.txt, a folder with tokenizer.json or vocab.txt, or a hub model id.
+        tokenizer: A vocab.txt, a folder with tokenizer.json, vocab.txt, or vocab.json and merges.txt (RoBERTa), or a hub
+            model id.
         max_length: Tokens a row, with [CLS] and [SEP]; longer rows are cut, and counted in the log.
         batch_size: Training rows a batch, on each device.
         eval_batch_size: Evaluation rows a batch, on each device.
@@ -159,7 +160,7 @@ class GlueDataModule(LoaderModule):
                 find_glue_file(self.source, self.task, split)
             else:
                 load_hub_split(self.source, self.task, split)
-        load_wordpiece(self.tokenizer)
+        load_pair_tokenizer(self.tokenizer)
 
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenise the splits that a stage needs, once.
@@ -177,8 +178,8 @@ class GlueDataModule(LoaderModule):
         examples = (
             subset(examples, self.max_train_rows, self.seed) if split == "train" else examples[: self.max_dev_rows]
         )
-        tokenizer = load_wordpiece(self.tokenizer)
-        self._vocab_size = tokenizer.get_vocab_size()
+        tokenizer = load_pair_tokenizer(self.tokenizer)
+        self._vocab_size = tokenizer.vocab_size
         rows = build_rows(examples, self.info, tokenizer, self.max_length)
         rank_zero_info(
             f"{self.info.folder} {split}: {len(rows):,} rows of {rows.lengths.min()} to {rows.lengths.max()} tokens "
@@ -200,6 +201,11 @@ class GlueDataModule(LoaderModule):
     def vocab_size(self) -> int:
         """Number of tokens in the vocabulary, after `setup`."""
         return self._ready(self._vocab_size, "vocab_size")
+
+    @property
+    def pad(self) -> int:
+        """Id of the padding token, after `setup`."""
+        return next(iter(self.dev_rows.values())).pad
 
     def train_dataloader(self) -> RowLoader:
         """Shuffled training rows of this rank; the order is a function of ``(seed, epoch)``."""

@@ -1,5 +1,7 @@
 """GLUE examples as token ids: ``[CLS] first [SEP]`` or ``[CLS] first [SEP] second [SEP]`` (Devlin et al. 2018, figure 2).
 
+RoBERTa's have two separators in the middle, see `slope_pl.data.pair_tokenizer`.
+
 Batches are padded to their own longest row: most sentences are a tenth of the longest one allowed.
 """
 
@@ -12,6 +14,7 @@ from tokenizers import Tokenizer
 
 from slope_pl.data.glue import GlueExample
 from slope_pl.data.glue_tasks import TaskInfo
+from slope_pl.data.pair_tokenizer import PairTokenizer, as_pair
 
 _CHUNK = 10_000  # examples tokenised at a time: their encodings are far larger than the ids
 
@@ -68,7 +71,9 @@ class GlueRows:
         }
 
 
-def build_rows(examples: Sequence[GlueExample], info: TaskInfo, tokenizer: Tokenizer, max_length: int) -> GlueRows:
+def build_rows(
+    examples: Sequence[GlueExample], info: TaskInfo, tokenizer: Tokenizer | PairTokenizer, max_length: int
+) -> GlueRows:
     """Tokenise the examples of a split.
 
     A pair that is too long loses tokens from the end of its longer sentence until both are equally long, then from both,
@@ -77,7 +82,7 @@ def build_rows(examples: Sequence[GlueExample], info: TaskInfo, tokenizer: Token
     Args:
         examples: From `read_glue`, one or more.
         info: Their task.
-        tokenizer: From `load_wordpiece`.
+        tokenizer: From `load_pair_tokenizer` or `load_wordpiece`.
         max_length: Tokens a row, with ``[CLS]`` and ``[SEP]``.
 
     Returns:
@@ -86,25 +91,26 @@ def build_rows(examples: Sequence[GlueExample], info: TaskInfo, tokenizer: Token
     Raises:
         ValueError: ``max_length`` leaves no place for a token of each sentence, or an example has no token at all.
     """
-    specials = 1 + len(info.texts[0])
-    if max_length < specials + len(info.texts[0]):
-        raise ValueError(
-            f"max_length is {max_length}, expected {specials + len(info.texts[0])} or more for {info.name}"
-        )
-    vocabulary = tokenizer.get_vocab()
-    cls, sep, pad = (vocabulary[token] for token in ("[CLS]", "[SEP]", "[PAD]"))
+    special = as_pair(tokenizer)
+    texts = len(info.texts[0])
+    specials = special.specials if texts == 2 else 2
+    if max_length < specials + texts:
+        raise ValueError(f"max_length is {max_length}, expected {specials + texts} or more for {info.name}")
+    cls, sep = special.cls, special.sep
     parts: list[NDArray[np.int32]] = []
     lengths: list[int] = []
     first_lengths: list[int] = []
     truncated = 0
-    for first, second in _encoded(examples, tokenizer):
+    for first, second in _encoded(examples, special.encoder):
         n1, n2 = _cut(len(first), len(second), max_length - specials)
         if n1 == 0:
             raise ValueError(f"{examples[len(lengths)].first!r} gives no token, expected a sentence: remove the row")
         truncated += n1 < len(first) or n2 < len(second)
         row = [cls, *first[:n1], sep]
+        if texts == 2:
+            row += [sep] * (special.middle - 1)
         first_lengths.append(len(row))
-        if examples[len(lengths)].second is not None:
+        if texts == 2:
             row += [*second[:n2], sep]
         lengths.append(len(row))
         parts.append(np.asarray(row, np.int32))
@@ -113,7 +119,7 @@ def build_rows(examples: Sequence[GlueExample], info: TaskInfo, tokenizer: Token
         starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         first_lengths=np.asarray(first_lengths, np.int32),
         labels=np.asarray([e.label for e in examples], np.float32 if info.regression else np.int64),
-        pad=pad,
+        pad=special.pad,
         max_length=max_length,
         truncated=truncated,
     )

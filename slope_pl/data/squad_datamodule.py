@@ -13,9 +13,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
 from slope_pl.data.loading import Batch, EpochSampler, LoaderModule, ResumableDataLoader, subset
+from slope_pl.data.pair_tokenizer import load_pair_tokenizer
 from slope_pl.data.squad import Split, SquadExample, find_squad_file, is_local, load_hub_split, read_squad
 from slope_pl.data.squad_windows import SquadWindows, build_windows, check_lengths
-from slope_pl.data.tokenizer import load_wordpiece
 
 
 class WindowDataset(Dataset[Batch]):
@@ -50,7 +50,8 @@ class SquadDataModule(LoaderModule):
 
     Args:
         source: Where the data is: a hub data set id, or a folder with train*.json and dev*.json.
-        tokenizer: A vocab.txt, a folder with tokenizer.json or vocab.txt, or a hub model id.
+        tokenizer: A vocab.txt, a folder with tokenizer.json, vocab.txt, or vocab.json and merges.txt (RoBERTa), or a hub
+            model id.
         train_file: SQuAD v1.1 JSON file to train on, instead of the one in ``source``.
         dev_file: SQuAD v1.1 JSON file to evaluate on, instead of the one in ``source``.
         max_length: Tokens a window, with [CLS], the question and two [SEP].
@@ -144,7 +145,7 @@ class SquadDataModule(LoaderModule):
             place = self._place(split)
             if not is_local(place):
                 load_hub_split(place, split)
-        load_wordpiece(self.tokenizer)
+        load_pair_tokenizer(self.tokenizer)
 
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenise the splits that a stage needs, once.
@@ -160,8 +161,8 @@ class SquadDataModule(LoaderModule):
             self._dev = self._windows("dev", examples[: self.max_dev_questions])
 
     def _windows(self, split: str, examples: list[SquadExample]) -> SquadWindows:
-        tokenizer = load_wordpiece(self.tokenizer)
-        self._vocab_size, self._pad = tokenizer.get_vocab_size(), tokenizer.token_to_id("[PAD]")
+        tokenizer = load_pair_tokenizer(self.tokenizer)
+        self._vocab_size, self._pad = tokenizer.vocab_size, tokenizer.pad
         windows = build_windows(
             examples,
             tokenizer,

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from slope_pl.data.pair_tokenizer import PairTokenizer, as_pair
 from slope_pl.data.squad import SquadExample
 
 _CHUNK = 512  # texts a call to the tokeniser: enough for all its threads, small enough for a moving bar
@@ -73,6 +74,7 @@ class SquadWindows:
         cls_id: Id of ``[CLS]``.
         sep_id: Id of ``[SEP]``.
         pad_id: Id of ``[PAD]``.
+        middle: Separators between question and context: 1 for BERT, 2 for RoBERTa.
         truncated_questions: How many questions were cut.
     """
 
@@ -91,6 +93,7 @@ class SquadWindows:
     cls_id: int
     sep_id: int
     pad_id: int
+    middle: int
     truncated_questions: int
 
     def __len__(self) -> int:
@@ -103,7 +106,7 @@ class SquadWindows:
 
     def context_offset(self, window: int) -> int:
         """Position in the window of its first context token: after ``[CLS] question [SEP]``."""
-        return len(self.question_tokens[self.example_of[window]]) + 2
+        return len(self.question_tokens[self.example_of[window]]) + 1 + self.middle
 
     def batch(self, windows: Sequence[int] | NDArray[np.integer], positions: bool) -> dict[str, NDArray[np.int64]]:
         """Put windows together.
@@ -123,11 +126,11 @@ class SquadWindows:
         for row, window in enumerate(windows):
             example, start, length = self.example_of[window], self.window_start[window], self.window_length[window]
             question = self.question_tokens[example]
-            first = len(question) + 2
+            first = len(question) + 1 + self.middle
             last = first + length
             ids[row, 0] = self.cls_id
-            ids[row, 1 : first - 1] = question
-            ids[row, first - 1] = ids[row, last] = self.sep_id
+            ids[row, 1 : first - self.middle] = question
+            ids[row, first - self.middle : first] = ids[row, last] = self.sep_id
             ids[row, first:last] = self.context_tokens[self.context_of[example]][start : start + length]
             types[row, first : last + 1] = 1
             mask[row, : last + 1] = 1
@@ -166,7 +169,7 @@ class SquadWindows:
 
 def build_windows(
     examples: Sequence[SquadExample],
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | PairTokenizer,
     *,
     max_length: int = 384,
     doc_stride: int = 128,
@@ -177,7 +180,7 @@ def build_windows(
 
     Args:
         examples: The questions.
-        tokenizer: From `slope_pl.data.tokenizer.load_wordpiece`.
+        tokenizer: From `load_pair_tokenizer` or `load_wordpiece`.
         max_length: Tokens a window, special tokens included.
         doc_stride: Tokens between the *starts* of consecutive windows of a context, as in BERT. (Hugging Face's
             ``stride`` is the *overlap* of consecutive windows instead, which is ``window_length - doc_stride``.)
@@ -190,12 +193,13 @@ def build_windows(
     Raises:
         ValueError: No room is left for the context, or ``doc_stride`` is below 1.
     """
-    check_lengths(max_length, doc_stride, max_question_length)
+    special = as_pair(tokenizer)
+    check_lengths(max_length, doc_stride, max_question_length, special.specials)
     contexts = list(dict.fromkeys(example.context for example in examples))
     number = {context: i for i, context in enumerate(contexts)}
     context_of = np.array([number[example.context] for example in examples], np.int32)
-    vocabulary = tokenizer.get_vocab()
-    dtype: type = np.uint16 if max(vocabulary.values()) < 1 << 16 else np.int32
+    encoder = special.encoder
+    dtype: type = np.uint16 if special.vocab_size <= 1 << 16 else np.int32
 
     def bar(items: Any, what: str) -> Any:
         hidden = not progress or getattr(rank_zero_only, "rank", 0) != 0
@@ -206,13 +210,13 @@ def build_windows(
     question_rows: list[NDArray[Any]] = []
     for i in bar(range(0, len(contexts), _CHUNK), "tokenising contexts"):
         chunk = contexts[i : i + _CHUNK]
-        for context, encoding in zip(chunk, tokenizer.encode_batch(chunk, add_special_tokens=False), strict=True):
+        for context, encoding in zip(chunk, encoder.encode_batch(chunk, add_special_tokens=False), strict=True):
             token_rows.append(np.array(encoding.ids, dtype))
             span_rows.append(_with_marks(context, np.array(encoding.offsets, np.int32).reshape(-1, 2)))
     truncated = 0
     for i in bar(range(0, len(examples), _CHUNK), "tokenising questions"):
         questions = [example.question for example in examples[i : i + _CHUNK]]
-        for encoding in tokenizer.encode_batch_fast(questions, add_special_tokens=False):
+        for encoding in encoder.encode_batch_fast(questions, add_special_tokens=False):
             truncated += len(encoding.ids) > max_question_length
             question_rows.append(np.array(encoding.ids[:max_question_length], dtype))
 
@@ -220,7 +224,7 @@ def build_windows(
     first_window = np.zeros(len(examples) + 1, np.int64)
     for e, example in enumerate(bar(examples, "cutting windows")):
         spans = span_rows[context_of[e]]
-        offset = len(question_rows[e]) + 2
+        offset = len(question_rows[e]) + 1 + special.middle
         first, last = answer_tokens(spans, example.answers[0].start, len(example.answers[0].text))
         for start, length in _cuts(len(spans), max_length - offset - 1, doc_stride):
             inside = start <= first <= last < start + length
@@ -241,25 +245,27 @@ def build_windows(
         start_positions=table[3],
         end_positions=table[4],
         max_length=max_length,
-        cls_id=vocabulary["[CLS]"],
-        sep_id=vocabulary["[SEP]"],
-        pad_id=vocabulary["[PAD]"],
+        cls_id=special.cls,
+        sep_id=special.sep,
+        pad_id=special.pad,
+        middle=special.middle,
         truncated_questions=truncated,
     )
 
 
-def check_lengths(max_length: int, doc_stride: int, max_question_length: int) -> None:
-    """Check that the three lengths leave room for a context.
+def check_lengths(max_length: int, doc_stride: int, max_question_length: int, specials: int = 3) -> None:
+    """Check that the three lengths leave room for a context beside so many special tokens.
 
     Raises:
         ValueError: They do not.
     """
     if max_question_length < 1:
         raise ValueError(f"max_question_length is {max_question_length}, expected 1 or more tokens")
-    if max_length < max_question_length + 4:
+    least = max_question_length + specials + 1
+    if max_length < least:
         raise ValueError(
-            f"max_length is {max_length}, expected max_question_length + 4 = {max_question_length + 4} or more: the "
-            "question, [CLS], two [SEP] and one token of the context. Raise max_length or lower max_question_length."
+            f"max_length is {max_length}, expected max_question_length + {specials + 1} = {least} or more: the question, "
+            f"[CLS], {specials - 1} [SEP] and one token of the context. Raise max_length or lower max_question_length."
         )
     if doc_stride < 1:
         raise ValueError(f"doc_stride is {doc_stride}, expected 1 or more tokens between the starts of windows")

@@ -24,7 +24,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from slope_pl.config import SLoPeConfig, as_config
+from slope_pl.config import SLoPeConfig, as_config, check_fraction, check_integer
 from slope_pl.errors import CheckpointError, ConfigError, ConversionError, ScheduleError
 from slope_pl.lightning.calibration import keeps_model_whole, training_norms
 from slope_pl.lightning.callback import SLoPeCallback
@@ -48,6 +48,7 @@ class FadeCallback(pl.Callback):
         config: which layers, and how their masks are chosen (``mask``, ``mask_calibration_batches``, ``seed``,
             ``include``, ...). Nothing else of it is looked at.
         start_step: optimizer steps of plain dense training before the masks are chosen.
+        fraction: share of all steps, instead of ``steps``, which it becomes at the start of training.
 
     Raises:
         ConfigError: for numbers out of range, or random masks.
@@ -55,11 +56,21 @@ class FadeCallback(pl.Callback):
             shards it.
     """
 
-    def __init__(self, steps: int, config: SLoPeConfig | None = None, start_step: int = 0) -> None:
-        for name, value, least in (("steps", steps, 1), ("start_step", start_step, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name}={value!r}: an integer of at least {least} is expected")
-        self.steps, self.start_step = steps, start_step
+    def __init__(
+        self,
+        steps: int | None = None,
+        config: SLoPeConfig | None = None,
+        start_step: int = 0,
+        fraction: float | None = None,
+    ) -> None:
+        if (steps is None) == (fraction is None):
+            raise ConfigError(f"steps={steps!r} and fraction={fraction!r}: give one of them")
+        if steps is not None:
+            check_integer("steps", steps, 1)
+        if fraction is not None:
+            check_fraction("fraction", fraction, "0.5 fades in the first half of the steps")
+        check_integer("start_step", start_step, 0)
+        self.steps, self.start_step, self.fraction = steps or 0, start_step, fraction
         self.config = as_config(config) or SLoPeConfig()
         if self.config.mask == "random":
             raise ConfigError(
@@ -83,6 +94,12 @@ class FadeCallback(pl.Callback):
             raise ScheduleError(f"FadeCallback under {type(trainer.strategy).__name__}: use a single device or DDP")
         begin = self.start_step if self.began_at is None else self.began_at
         total = trainer.estimated_stepping_batches
+        if self.fraction is not None:
+            if not 0 < total < float("inf"):
+                raise ScheduleError(
+                    f"fraction={self.fraction} of an unknown number of steps: give steps, or a Trainer with max_steps"
+                )
+            self.steps = max(1, int(self.fraction * total))
         if 0 < total < begin + self.steps:
             raise ScheduleError(
                 f"the fade begins at step {begin} and takes {self.steps} steps, but training ends after {int(total)}: pruned "

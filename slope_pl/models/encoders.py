@@ -40,7 +40,6 @@ class Encoder(nn.Module):
 
     def __init__(self, model: nn.Module, task: EncoderTask) -> None:
         super().__init__()
-        _put_heads_last(model)
         self.model, self.task = model, task
         config = self.config
         kind = config.model_type
@@ -96,9 +95,9 @@ def load_encoder(
         **overrides: of the config: ``hidden_dropout_prob=0.0``.
 
     Returns:
-        the model, dense: :func:`slope_pl.sparsify` takes it. Heads (``qa_outputs``, ``classifier`` and RoBERTa's
-        ``classifier.dense``) and the first layer's query, key and value stay dense by its rule; ELECTRA-small, whose
-        first linear layer is the projection of its embeddings, keeps that one instead.
+        the model, dense: :func:`slope_pl.sparsify` takes it. Heads (``qa_outputs``, ``classifier``, RoBERTa's
+        ``classifier.dense`` and DistilBERT's ``pre_classifier``) and the first layer's query, key and value stay dense by
+        its rule; ELECTRA-small, whose first linear layer is the projection of its embeddings, keeps that one instead.
 
     Raises:
         ImportError: if ``transformers`` is not installed.
@@ -165,14 +164,6 @@ def encoder_from_config(
     return Encoder(_auto_class(transformers, task).from_config(made, dtype=torch.get_default_dtype()), task)
 
 
-def _put_heads_last(model: nn.Module) -> None:
-    """Some families define the head before the encoder, which would make it the "first linear layer after the input"."""
-    for name, child in list(model.named_children()):
-        if name != model.base_model_prefix:
-            delattr(model, name)
-            setattr(model, name, child)
-
-
 def _labels(task: str, num_labels: int | None) -> int:
     """The number of outputs, checked."""
     if task not in get_args(EncoderTask):
@@ -192,7 +183,7 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise ImportError(
-            "Hugging Face encoders need transformers, which is not installed: pip install 'transformers>=5'. BERT itself needs "
+            "Hugging Face encoders need transformers, which is not installed: pip install 'slope_pl[hf]'. BERT itself needs "
             "nothing: slope_pl.models.BertForQuestionAnswering and load_pretrained."
         ) from error
     return transformers

@@ -107,8 +107,9 @@ def locate_pretrained(source: str | Path, cache_dir: str | Path | None = None) -
     folder = Path(source).expanduser()
     if folder.exists():
         return _files_in(folder)
-    if isinstance(source, Path) or source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source:
+    if _is_path(source):
         raise PretrainedFilesError(f"No such folder: {folder}. Expected one with config.json and {_WEIGHTS[0]}.")
+    source = str(source)
     wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json", *_TOKENIZER]
     folder = _download(source, wanted, cache_dir)
     if not any((folder / name).is_file() for name in _WEIGHTS[:2]):
@@ -123,6 +124,31 @@ def load_config(source: str | Path, cache_dir: str | Path | None = None) -> Bert
         ValueError: if it is not the config of a BERT this package can compute.
     """
     return _read_config(locate_pretrained(source, cache_dir).config)
+
+
+def load_model_type(source: str | Path, cache_dir: str | Path | None = None) -> str:
+    """The ``model_type`` in the config.json of a folder or hub id: ``bert``, ``roberta``, ...; nothing else is fetched.
+
+    The first releases of BERT name none, and are one.
+
+    Raises:
+        ValueError: if config.json is damaged.
+        OSError: as :func:`locate_pretrained`.
+    """
+    folder = Path(source).expanduser()
+    if folder.exists() or _is_path(source):
+        file = locate_pretrained(source).config
+    else:
+        file = _download(str(source), ["config.json"], cache_dir) / "config.json"
+    if not file.is_file():
+        raise PretrainedFilesError(f"{source} has no config.json")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected the config of a model, an object")
+    return str(content.get("model_type", "bert"))
 
 
 def load_pretrained(model: AnyBert, source: str | Path, cache_dir: str | Path | None = None) -> LoadReport:
@@ -221,6 +247,11 @@ def listing(names: tuple[str, ...] | list[str]) -> str:
     """Return the first few of ``names`` in brackets, with a space before them."""
     shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
     return f" ({shown})" if names else ""
+
+
+def _is_path(source: str | Path) -> bool:
+    """Whether what is not there is written like a path, and so no hub id."""
+    return isinstance(source, Path) or source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
 
 
 def _files_in(folder: Path) -> PretrainedFiles:

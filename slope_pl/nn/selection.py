@@ -3,8 +3,8 @@
 The rule is the paper's (section 4: all attention and MLP weights are pruned, "the first linear layer after the input and the
 classification heads" stay dense), written down so that it can be applied to a model nobody here has seen:
 
-* **first layer**: the first linear layer in definition order; where its name says query, key or value (``q_proj``,
-  ``c_attn`` ...), its query, key and value siblings under the same parent as well;
+* **first layer**: the first linear layer in definition order that is no head (some families define theirs first); where
+  its name says query, key or value (``q_proj``, ``c_attn`` ...), its query, key and value siblings under the same parent too;
 * **heads**: layers named as output heads (:data:`HEAD_NAMES`), and layers whose weight is tied to another module's;
 * **shape guard**: a layer whose longer side is more than five times the shorter one (the rule of the published speed runs,
   which is how vocabulary projections drop out).
@@ -26,6 +26,7 @@ from slope_pl.nn.sparse_linear import SparseLinear
 HEAD_NAMES = frozenset(
     {
         *("lm_head", "head", "classifier", "score", "qa_outputs", "decoder", "seq_relationship", "embed_out"),
+        "pre_classifier",  # DistilBERT's: fresh, and of the task, as the layer below RoBERTa's classifier
         *("output_projection", "vocab_projector", "vocab_projection", "classification_head", "mlm_head", "nsp_head"),
     }
 )
@@ -140,9 +141,10 @@ def _first_layers(names: list[str]) -> set[str]:
     """The first layer, with its query, key and value siblings where it is one of them."""
     if not names:
         return set()
-    parent, _, leaf = names[0].rpartition(".")
+    first = next((name for name in names if not is_head(name)), names[0])
+    parent, _, leaf = first.rpartition(".")
     if not _QUERY_KEY_VALUE.fullmatch(leaf):
-        return {names[0]}
+        return {first}
     siblings = (name for name in names if name.rpartition(".")[0] == parent)
     return {name for name in siblings if _QUERY_KEY_VALUE.fullmatch(name.rpartition(".")[2])}
 

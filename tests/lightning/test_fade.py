@@ -228,6 +228,29 @@ def test_numbers(settings):
         FadeCallback(**settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "give one of them"),
+        ({"steps": 3, "fraction": 0.5}, "give one of them"),
+        ({"fraction": 1.5}, "fraction=1.5"),
+    ],
+)
+def test_steps_or_a_fraction(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        FadeCallback(**settings)
+
+
+def test_a_fraction_of_all_steps(tmp_path):
+    callback, recorder = FadeCallback(fraction=0.5), Recorder()
+    make_trainer(tmp_path, callback, recorder, max_steps=10).fit(Still())
+    assert callback.steps == 5
+    zeros = [bool((now[f"{NAMES[0]}.weight"][~callback.masks()[NAMES[0]]] == 0).all()) for now in recorder.at.values()]
+    assert zeros.index(True) == 5
+    with pytest.raises(ScheduleError, match=r"fraction=0\.5 of an unknown number of steps"):
+        make_trainer(tmp_path, FadeCallback(fraction=0.5), max_steps=-1, max_epochs=-1).fit(Toy())
+
+
 def test_random_masks():
     with pytest.raises(ConfigError, match="mask='random'"):
         FadeCallback(3, SLoPeConfig(mask="random"))

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.bert_large import glue_all, glue_plan
-from recipes.bert_large.glue_ledger import Result, Run, append, read
+from recipes.bert_large import comparison, glue_all, glue_plan
 from recipes.bert_large.glue_report import PUBLISHED, best_rates, report
 from recipes.bert_large.glue_sample import write_sample
+from recipes.bert_large.ledger import Result, append, read
+from recipes.bert_large.methods import Run
 from slope_pl.data import DataUnavailableError
 
 
@@ -124,8 +125,8 @@ def test_runs_are_made_once(alone, tmp_path, capsys, monkeypatch):
     assert first[2].woke_at_step >= 0 > first[1].woke_at_step
     assert "6 runs, 0 of them done" in capsys.readouterr().out
     made = []
-    train = glue_all.train
-    monkeypatch.setattr(glue_all, "train", lambda run, *rest: made.append(run) or train(run, *rest))
+    train = comparison.train
+    monkeypatch.setattr(comparison, "train", lambda run, *rest: made.append(run) or train(run, *rest))
     assert go(tmp_path, *arguments, "--seeds", "0", "1", "--methods", "dense") == 0
     assert [(run.task, run.seed) for run in made] == [("rte", 1), ("mrpc", 1)]
     said = capsys.readouterr().out
@@ -140,18 +141,18 @@ def test_runs_are_made_once(alone, tmp_path, capsys, monkeypatch):
 
 
 def test_a_failed_run_does_not_end_the_others_and_is_made_again(alone, tmp_path, capsys, monkeypatch):
-    train = glue_all.train
+    train = comparison.train
 
     def failing(run, *rest):
         if run.method == "dense":
-            raise glue_all.RunError("out of luck")
+            raise comparison.RunError("out of luck")
         return train(run, *rest)
 
-    monkeypatch.setattr(glue_all, "train", failing)
+    monkeypatch.setattr(comparison, "train", failing)
     assert go(tmp_path, "--tasks", "rte") == 1
     assert "rte, dense, rate 0.001, seed 0 FAILED: out of luck" in capsys.readouterr().out
     assert [r.method for r in read(tmp_path / "results.csv")] == ["sparse"]
-    monkeypatch.setattr(glue_all, "train", train)
+    monkeypatch.setattr(comparison, "train", train)
     assert go(tmp_path, "--tasks", "rte") == 0
     assert [r.method for r in read(tmp_path / "results.csv")] == ["sparse", "dense"]
 
@@ -192,7 +193,10 @@ def test_budget_begins_no_new_run(alone, tmp_path, capsys):
         (["--tasks", "imdb"], "imdb"),
         (["--masks", "banana"], "banana"),
         (["--rates", "1e-3", "--sweep"], "exclude each other"),
-        (["--jobs", "2"], "--in-process makes one run at a time"),
+        (["--jobs", "0"], "--jobs: 0"),
+        (["--starts", "teacher+late"], "late unknown"),
+        (["--fade", "1.5"], "--fade: 1.5"),
+        (["--ranks", "-1"], "--ranks: -1"),
         (["--best-rates", "--tasks", "rte"], "has no run of rte, dense"),
     ],
 )
@@ -214,7 +218,15 @@ def test_help(capsys):
 
 def result(task="rte", method="dense", rate=1e-4, seed=0, score=60.0, rank=0, **scores):
     run = Run(
-        task, method, "none" if method == "dense" else "magnitude", rank, rate, seed, "", "glue_base.yaml data=glue"
+        task,
+        method,
+        "none" if method == "dense" else "magnitude",
+        rank,
+        "plain",
+        rate,
+        seed,
+        "",
+        "glue_base.yaml data=glue",
     )
     found = {
         "scores": {"score": score, "rows": 277.0, "accuracy": score} | scores,
@@ -227,7 +239,7 @@ def result(task="rte", method="dense", rate=1e-4, seed=0, score=60.0, rank=0, **
 
 def test_file_reads_back_and_foreign_files_are_refused(tmp_path):
     file = tmp_path / "new" / "a.csv"
-    one = result(f1=70.0, matthews=1.0, pearson=1.0, spearman=1.0, accuracy_mismatched=1.0)
+    one = result(f1=70.0, matthews=1.0, pearson=1.0, spearman=1.0, accuracy_mismatched=1.0, exact_match=1.0)
     append(file, one)
     append(file, replace(one, seed=1))
     assert read(file) == [one, replace(one, seed=1)]
@@ -263,10 +275,10 @@ def test_table_compares_the_same_tasks_and_averages_the_published_metrics():
         result("rte", "sparse", score=58.0),
     ]
     text = report(rows)
-    assert "MRPC (F1) | RTE (acc.) | WNLI (acc.) | mean of 2 |" in text
-    assert "| dense | 3 | 88.00 ± 0.00 | 61.00 ± 1.00 | 56.00 ± 0.00 | **74.50** |" in text
-    assert "| 2:4 magnitude, r = 0 | 1 | - | 58.00 | - | - |" in text  # no mean over another set of tasks
-    assert "| dense | 81.2 | 66.4 | - | 73.80 |" in text
+    assert "MRPC (F1) | RTE (acc.) | WNLI (acc.) | mean of 2 | to dense |" in text
+    assert "| dense | 3 | 88.00 ± 0.00 | 61.00 ± 1.00 | 56.00 ± 0.00 | **74.50** ± 0.50 | +0.00 |" in text
+    assert "| 2:4 magnitude, r = 0 | 1 | - | 58.00 | - | - | - |" in text  # no mean over another set of tasks
+    assert "| dense | 81.2 | 66.4 | - | 73.80 | +0.00 |" in text
     assert "without cola, sst2, stsb, qqp, mnli, qnli" in text
 
 

@@ -6,18 +6,20 @@ from pathlib import Path
 import pytest
 import yaml
 
+from recipes.bert_large import squad
 from recipes.bert_large.glue import main
 from recipes.bert_large.glue_plan import RATES
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "bert_large"
 CONFIGS = sorted(FOLDER.glob("glue*.yaml"))
 RUNS = [path for path in CONFIGS if path.name != "glue_base.yaml"]
+STARTS = sorted(FOLDER.glob("start_*.yaml"))  # laid over glue.yaml or squad.yaml
 HEADER = ("Reproduces", "Hardware", "Hours", "Metric", "Command")
 
 
-def resolved(capsys, *arguments: str) -> dict:
+def resolved(capsys, *arguments: str, recipe=main) -> dict:
     with pytest.raises(SystemExit) as stop:
-        main(["fit", *arguments, "--print_config"])
+        recipe(["fit", *arguments, "--print_config"])
     assert stop.value.code == 0
     return yaml.safe_load(capsys.readouterr().out)
 
@@ -39,7 +41,23 @@ def test_config_parses(path, capsys):
     assert config["trainer"]["logger"]["class_path"] == "lightning.pytorch.loggers.TensorBoardLogger"
 
 
-@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
+@pytest.mark.parametrize("under", ["glue.yaml", "squad.yaml"])
+@pytest.mark.parametrize("path", STARTS, ids=lambda path: path.name)
+def test_a_start_changes_what_it_names(path, under, capsys):
+    given = ["--config", str(FOLDER / under)]
+    recipe = main if under == "glue.yaml" else squad.main
+    plain, own = (resolved(capsys, *arguments, recipe=recipe) for arguments in (given, [*given, "--config", str(path)]))
+    named = yaml.safe_load(path.read_text())["model"]
+    for key, value in (named.pop("slope", {})).items():
+        assert own["model"]["slope"].pop(key) == value
+        plain["model"]["slope"].pop(key)
+    for key, value in named.items():
+        assert own["model"].pop(key) == value
+        plain["model"].pop(key)
+    assert own == plain
+
+
+@pytest.mark.parametrize("path", RUNS + STARTS, ids=lambda path: path.name)
 def test_header_says_what_the_run_is(path):
     comments = [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")]
     for label in HEADER:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes.bert_large import compare, pretrain
+from recipes.bert_large import compare, comparison, glue, glue_all, glue_plan, pretrain
+from recipes.bert_large.glue_sample import write_sample
 from recipes.bert_large.squad import main
 
 ROOT = Path(__file__).parents[2]
@@ -83,12 +84,42 @@ def test_the_other_subcommands_are_there(subcommand, capsys):
     assert "ckpt_path" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("line", commands("python -m recipes.bert_large.glue fit"))
+def test_glue_command_parses(line, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        glue.main([*shlex.split(line)[3:], "--print_config"])
+    assert stop.value.code == 0
+    assert "learning_rate" in capsys.readouterr().out
+
+
+RUNNERS = {"compare": compare, "glue_all": glue_all}
+
+
+@pytest.mark.parametrize(
+    "line", [line for name in RUNNERS for line in commands(f"python -m recipes.bert_large.{name}")]
+)
+def test_runner_command_plans_runs(line, monkeypatch, tmp_path, capsys):
+    """As it stands, with folders that are there, best rates at hand and nothing made."""
+    runner = RUNNERS[line.split()[2].rpartition(".")[2]]
+    given = [
+        {"FOLDER": str(ROOT / "data/sample"), "WEIGHTS": str(tmp_path)}.get(word, word)
+        for word in shlex.split(line)[3:]
+    ]
+    monkeypatch.chdir(tmp_path if "--report" not in given else ROOT)
+    monkeypatch.setattr(glue_plan, "minilm_folder", lambda: str(tmp_path))
+    monkeypatch.setattr(compare, "minilm_folder", lambda: str(tmp_path))
+    monkeypatch.setattr(glue_plan, "_shared_data", lambda: str(write_sample(tmp_path / "glue")))
+    monkeypatch.setattr(comparison, "_best", lambda *arguments: 1e-4)
+    assert runner.main([*given, *([] if "--report" in given else ["--dry-run"])]) == 0
+    assert re.search(r"\d+ runs, 0 of them done|\| dense \|", capsys.readouterr().out)
+
+
 def test_compare_reports_the_table_of_the_readme(monkeypatch, capsys):
     (line,) = [line for line in commands("python -m recipes.bert_large.compare") if "--report" in line]
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", shlex.split(line)[2:])
-    compare.main()
-    table = capsys.readouterr().out.strip()
+    assert compare.main(shlex.split(line)[3:]) == 0
+    _, table = capsys.readouterr().out.strip().split("\n\n")
     assert len(table.splitlines()) == 6
     assert table in (ROOT / "recipes/bert_large/README.md").read_text()
     for row in table.splitlines()[2:]:

@@ -60,11 +60,11 @@ FIRST = {
     "electra": {"model.electra.embeddings_project"},
 }
 ONE_HEAD, TWO_LAYERS = {"model.classifier"}, {"model.classifier.dense", "model.classifier.out_proj"}
-HEADS = {"bert": ONE_HEAD, "distilbert": ONE_HEAD} | dict.fromkeys(
+HEADS = {"bert": ONE_HEAD, "distilbert": {"model.classifier", "model.pre_classifier"}} | dict.fromkeys(
     ("roberta", "xlm-roberta", "camembert", "electra"), TWO_LAYERS
 )
-# Two blocks of six layers; 3 of them stay dense but in ELECTRA; poolers and DistilBERT's pre_classifier are sparse.
-SPARSE = {"bert": 10, "roberta": 9, "xlm-roberta": 9, "camembert": 9, "distilbert": 10, "electra": 12}
+# Two blocks of six layers; 3 of them stay dense but in ELECTRA; BERT's pooler is sparse.
+SPARSE = {"bert": 10, "roberta": 9, "xlm-roberta": 9, "camembert": 9, "distilbert": 9, "electra": 12}
 
 
 def build(kind, task="question_answering"):
@@ -146,8 +146,16 @@ def test_layers_that_stay_dense(kind):
         question = task == "question_answering"
         assert dense == FIRST[kind] | ({"model.qa_outputs"} if question else HEADS[kind])
         layers = sparsify(encoder, SLoPeConfig())
-        expected = SPARSE[kind] - (question and kind in ("bert", "distilbert"))
+        expected = SPARSE[kind] - (question and kind == "bert")
         assert len(layers) == expected
+
+
+@pytest.mark.parametrize("kind", ENCODER_TYPES)
+def test_models_of_transformers_themselves_have_the_same_dense_layers(kind):
+    """Without :class:`Encoder`: XLM-RoBERTa and CamemBERT define their head first."""
+    encoder = build(kind, "classification")
+    dense = {choice.name for choice in choose_layers(encoder.model, SLoPeConfig()) if choice.reason is not None}
+    assert dense == {name.removeprefix("model.") for name in FIRST[kind] | HEADS[kind]}
 
 
 @pytest.mark.parametrize("task", LABELS)
@@ -304,7 +312,7 @@ def test_the_hub_does_not_answer(monkeypatch):
 
 def test_transformers_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match="pip install 'transformers>=5'"):
+    with pytest.raises(ImportError, match=r"pip install 'slope_pl\[hf\]'"):
         load_encoder("FacebookAI/roberta-base", "regression")
     with pytest.raises(ImportError, match="not installed"):
         encoder_from_config(SMALL | {"model_type": "bert"}, "regression")

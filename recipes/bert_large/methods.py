@@ -1,0 +1,159 @@
+"""The methods that comparisons of fine-tuned models run: masks, ranks and starts, as arguments of the recipes."""
+
+import hashlib
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+HERE = Path(__file__).parent
+_BASES = ("base.yaml", "glue_base.yaml")  # laid under every run anyway
+
+MASKS: dict[str, tuple[str, ...]] = {
+    "magnitude": ("--model.slope.mask", "magnitude"),
+    "wanda": ("--model.slope.mask", "magnitude", "--model.slope.mask_calibration_batches", "16"),
+    "transposable": ("--model.slope.mask", "transposable"),
+    "transposable-wanda": ("--model.slope.mask", "transposable", "--model.slope.mask_calibration_batches", "16"),
+    "random": ("--model.slope.mask", "random"),
+}
+STARTS = {
+    "early": "adapters awake from the first step; runs with adapters only",
+    "teacher": "the dense run at its best rate so far teaches",
+    "tuned": "from the weights of that dense run, not from pretrained ones",
+    "gradual": "a dense stage as long as the sparse one comes first, in which pruned weights fade to zero",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What makes a run the same run.
+
+    Attributes:
+        task: name of the task; ``squad`` for SQuAD.
+        method: ``dense`` or ``sparse``; ``fade`` for the first stage of a gradual start, which is no result.
+        mask: one of :data:`MASKS`; ``none`` for dense.
+        rank: of the adapters.
+        start: ``plain``, or some of :data:`STARTS`, joined by ``+``.
+        rate: peak learning rate.
+        seed: of the head, the order and the subset of the data.
+        arguments: given to the sparse runs alone.
+        settings: config, data, weights and arguments that all runs of a comparison share.
+    """
+
+    task: str
+    method: str
+    mask: str
+    rank: int
+    start: str
+    rate: float
+    seed: int
+    arguments: str
+    settings: str
+
+    @property
+    def starts(self) -> set[str]:
+        """The parts of ``start``."""
+        return set(self.start.split("+")) - {"plain"}
+
+    @property
+    def label(self) -> str:
+        """The method in a table."""
+        if self.method == "dense":
+            return "dense"
+        extra = ([] if self.start == "plain" else [self.start.replace("+", " + ")]) + [self.arguments]
+        return ", ".join([f"2:4 {self.mask}, r = {self.rank}", *filter(None, extra)])
+
+    @property
+    def name(self) -> str:
+        """Of its folder: readable, and another one for other settings."""
+        words = f"{self.task}-{self.method}-{self.mask}-r{self.rank}-{self.start}-{self.rate:g}-{self.seed}"
+        return f"{words}-{hashlib.sha256(repr(self).encode()).hexdigest()[:6]}"
+
+    def __str__(self) -> str:
+        stage = "first stage of " if self.method == "fade" else ""
+        return f"{self.task}, {stage}{self.label}, rate {self.rate:g}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and on what the runs are made.
+
+    Attributes:
+        config: of this folder, laid under the method's.
+        data: hub id, or a folder.
+        weights: hub id, or a folder; None for the config's own.
+        arguments: for all runs, before the user's.
+    """
+
+    config: str
+    data: str
+    weights: str | None
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> str:
+        """For the CSV: without folders that only this machine has."""
+        parts = [self.config, f"data={_tail(self.data, 1)}"]
+        parts += [f"weights={_tail(self.weights, 2)}"] if self.weights else []
+        return " ".join([*parts, *self.arguments])
+
+    def config_arguments(self) -> list[str]:
+        """What goes before the method's."""
+        return [] if self.config in _BASES else ["--config", str(HERE / self.config)]
+
+    def command_line(self) -> list[str]:
+        """What goes after the method's."""
+        weights = ["--model.weights", self.weights, "--data.tokenizer", self.weights] if self.weights else []
+        return ["--data.source", self.data, *weights, *self.arguments]
+
+
+def _tail(place: str, parts: int) -> str:
+    path = Path(place)
+    return "/".join(path.parts[-parts:]) if path.exists() or place.startswith((".", "~", "/")) else place
+
+
+def check_starts(names: list[str]) -> list[str]:
+    """Combinations in one spelling.
+
+    Raises:
+        SystemExit: for an unknown part.
+    """
+    found = []
+    for name in names:
+        parts = set(name.split("+")) - {"plain"}
+        if unknown := sorted(parts - set(STARTS)):
+            raise SystemExit(
+                f"--starts: {', '.join(unknown)} unknown; plain, or some of {', '.join(STARTS)}, joined by +"
+            )
+        found.append("+".join(part for part in STARTS if part in parts) or "plain")
+    return list(dict.fromkeys(found))
+
+
+def dense_sibling(run: Run, rate: float) -> Run:
+    """The dense run that teaches a run, or whose weights it starts from."""
+    return replace(run, method="dense", mask="none", rank=0, start="plain", arguments="", rate=rate)
+
+
+def first_stage(run: Run) -> Run:
+    """The dense run in which the entries that a run prunes fade to zero."""
+    start = "+".join(part for part in STARTS if part in run.starts - {"early", "gradual"}) or "plain"
+    return replace(run, method="fade", rank=0, start=start, arguments="")
+
+
+def method_arguments(run: Run, configs: tuple[str, str], fade: float) -> list[str]:
+    """What the method adds to a command line.
+
+    Args:
+        run: dense, sparse, or a first stage.
+        configs: the recipe's sparse and dense ones.
+        fade: share of the first stage's steps.
+    """
+    if run.method == "dense":
+        return ["--config", str(HERE / configs[1])]
+    arguments = ["--config", str(HERE / configs[0]), *MASKS[run.mask]]
+    if run.method == "fade":
+        return [*arguments, "--model.fade", str(fade)]
+    if "gradual" in run.starts:
+        arguments += ["--model.slope.mask_calibration_batches", "0"]  # masks were chosen in the first stage
+    arguments += ["--model.slope.adapter_rank", str(run.rank)]
+    arguments += ["--model.slope.adapter_start_step", "0"] if "early" in run.starts else []
+    return [*arguments, *shlex.split(run.arguments)]

@@ -1,0 +1,195 @@
+"""What comparisons run beside the plain methods: masks and starts, the dense runs these need, several processes, SQuAD."""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from recipes.bert_large import compare, comparison, glue, glue_all
+from recipes.bert_large.glue_report import best_rates
+from recipes.bert_large.glue_sample import write_sample
+from recipes.bert_large.ledger import read
+from recipes.bert_large.methods import MASKS, STARTS, Place, Run, dense_sibling, first_stage, method_arguments
+from slope_pl.lightning import faded_masks
+from slope_pl.models import BertConfig, BertForQuestionAnswering, save_pretrained
+
+SAMPLE = Path(__file__).parents[2] / "data" / "sample"
+CONFIGS = ("glue.yaml", "glue_dense.yaml")
+PLAIN = Run("rte", "sparse", "wanda", 4, "plain", 1e-3, 0, "", "s")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_sample(tmp_path_factory.mktemp("glue"))
+
+
+def go(tmp_path, data, *arguments: str, steps: int = 20) -> int:
+    place = [
+        "--config",
+        "glue_sample.yaml",
+        "--data",
+        str(data),
+        "--runs",
+        str(tmp_path),
+        "--tasks",
+        "rte",
+        "--in-process",
+    ]
+    return glue_all.main([*place, *arguments, "--trainer.max_steps", str(steps), "--trainer.accelerator", "cpu"])
+
+
+# Names and arguments ---------------------------------------------------------------------------------------------------
+
+
+def test_starts_have_one_spelling_and_labels():
+    assert comparison.check_starts(["gradual+teacher", "plain", "teacher+gradual"]) == ["teacher+gradual", "plain"]
+    assert PLAIN.label == "2:4 wanda, r = 4"
+    assert replace(PLAIN, start="early+teacher").label == "2:4 wanda, r = 4, early + teacher"
+    assert replace(PLAIN, arguments="--a 1").label == "2:4 wanda, r = 4, --a 1"
+    assert PLAIN.name != replace(PLAIN, settings="t").name
+
+
+def test_runs_that_others_start_from():
+    run = replace(PLAIN, start="early+teacher+gradual", arguments="--x 1")
+    sibling, faded = dense_sibling(run, 3e-4), first_stage(run)
+    assert (sibling.label, sibling.rate, sibling.seed, sibling.starts) == ("dense", 3e-4, 0, set())
+    assert (faded.method, faded.mask, faded.rank, faded.start, faded.rate) == ("fade", "wanda", 0, "teacher", 1e-3)
+    assert comparison._stages([run, replace(run, rank=16)], {"rte": 3e-4}) == [[sibling], [faded]]  # each once
+    assert comparison._stages([PLAIN], {"rte": 3e-4}) == [[], []]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("method", ["dense", "sparse", "fade"])
+def test_arguments_parse(capsys, mask, method):
+    run = replace(PLAIN, mask=mask, method=method, rank=0 if method == "fade" else 4, start="early")
+    with pytest.raises(SystemExit) as stop:
+        glue.main(["fit", *method_arguments(run, CONFIGS, 0.5), "--data.task", "rte", "--print_config"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert ("fade: 0.5" in text) == (method == "fade")
+    if method != "dense":
+        assert f"mask: {mask.removesuffix('-wanda').replace('wanda', 'magnitude')}\n" in text
+        assert f"mask_calibration_batches: {16 if 'wanda' in mask else 0}\n" in text
+        assert f"adapter_start_step: {0 if method == 'sparse' else 'null'}\n" in text
+
+
+def test_the_second_stage_does_not_choose_masks():
+    arguments = method_arguments(replace(PLAIN, start="gradual"), CONFIGS, 0.5)
+    at = len(arguments) - arguments[::-1].index("--model.slope.mask_calibration_batches")
+    assert arguments[at] == "0"
+
+
+def options(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    comparison.add_options(parser, "", "")
+    found = parser.parse_args(arguments)
+    comparison.check_options(parser, found)
+    found.csv = Path("none.csv")
+    return found
+
+
+def test_early_is_for_adapters_and_seeds_are_outermost():
+    given = options("--ranks", "0", "4", "--starts", "plain", "early", "--seeds", "0", "1", "--masks", "wanda")
+    found = [*comparison.runs(given, Place("glue_minilm.yaml", "glue", None), ["rte"], [1e-4], best_rates)]
+    labels = ["dense", "2:4 wanda, r = 0", "2:4 wanda, r = 4", "2:4 wanda, r = 4, early"]
+    assert [(run.seed, run.label) for run in found] == [(seed, label) for seed in (0, 1) for label in labels]
+
+
+def test_best_rates_of_adapters_are_those_without(monkeypatch):
+    place = Place("glue_minilm.yaml", "glue", None)
+    best = {
+        (place.settings, "rte", "2:4 wanda, r = 0"): 4e-4,
+        (place.settings, "rte", "2:4 wanda, r = 0, teacher"): 2e-4,
+    }
+    given = options("--methods", "sparse", "--ranks", "4", "--masks", "wanda", "--best-rates")
+
+    def rates(starts):
+        given.starts = starts
+        return [run.rate for run in comparison.runs(given, place, ["rte"], [], lambda results: best)]
+
+    assert rates(["plain", "early", "teacher", "early+teacher"]) == [4e-4, 4e-4, 2e-4, 2e-4]
+    with pytest.raises(SystemExit, match="has no run of rte, 2:4 wanda, r = 4, gradual to choose from"):
+        rates(["gradual"])
+
+
+# Runs ------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_start_runs_after_the_dense_runs_it_needs(tmp_path, data, caplog, monkeypatch):
+    made = []
+    train = comparison.train
+    monkeypatch.setattr(comparison, "train", lambda run, *rest: made.append(str(run)) or train(run, *rest))
+    arguments = ["--masks", "transposable", "--ranks", "4", "--rates", "1e-3", "--starts"]
+    assert go(tmp_path, data, *arguments, *STARTS, "teacher+gradual", "--methods", "sparse") == 0
+    dense = "rte, dense, rate 0.001, seed 0"
+    assert made[0] == dense
+    assert {name.split(", rate")[0] for name in made[1:3]} == {
+        f"rte, first stage of 2:4 transposable, r = 0{more}" for more in ("", ", teacher")
+    }
+    assert len(made) == 8
+    results = {result.label: result for result in read(tmp_path / "results.csv")}
+    assert next(iter(results)) == "dense"  # made for others, and a result of its own
+    before = {result.start: result.steps_before for result in results.values()}
+    assert before == {"plain": 0, "early": 0, "teacher": 0, "tuned": 20, "gradual": 20, "teacher+gradual": 20}
+    woke = {result.start: result.woke_at_step for result in results.values()}
+    assert (woke["early"], woke["gradual"]) == (0, 19)
+    # Nothing of it is made again, and the first stages serve other ranks.
+    made.clear()
+    assert go(tmp_path, data, *arguments, *STARTS, "teacher+gradual") == 0
+    assert made == []
+    assert go(tmp_path, data, *arguments, "gradual", "--ranks", "8") == 0
+    assert made == ["rte, 2:4 transposable, r = 8, gradual, rate 0.001, seed 0"]
+    # The second stage has the masks that the first one faded to, and the teacher was read.
+    (stage,) = (tmp_path / "starts").glob("rte-fade-transposable-r0-plain-*")
+    masks = faded_masks(json.loads((stage / "start.json").read_text())["checkpoint"])
+    assert len(masks) == 10
+    assert caplog.text.count("head included, faded to 2:4 masks") == 3
+    assert caplog.text.count("head included, dense") == 1
+    assert caplog.text.count("Teacher: ") == 3
+
+
+def test_a_start_that_failed_fails_those_that_need_it(tmp_path, data, capsys, monkeypatch):
+    def failing(run, *rest):
+        raise comparison.RunError("out of luck")
+
+    monkeypatch.setattr(comparison, "train", failing)
+    assert go(tmp_path, data, "--methods", "sparse", "--starts", "tuned") == 1
+    said = capsys.readouterr().out
+    assert "rte, dense, rate 0.001, seed 0 FAILED: out of luck" in said
+    assert (
+        "tuned, rate 0.001, seed 0 FAILED: rte, dense, rate 0.001, seed 0, which it starts from, is not there" in said
+    )
+
+
+def test_dry_run_lists_and_makes_nothing(tmp_path, data, capsys):
+    assert go(tmp_path, data, "--starts", "plain", "gradual", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "3 runs, 0 of them done.\n1 dense runs that others start from come first.\n  rte, first stage of" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_processes_make_many_runs_each(tmp_path, data):
+    assert go(tmp_path, data, "--jobs", "2", "--seeds", "0", "1", "--starts", "teacher") == 0
+    assert len(read(tmp_path / "results.csv")) == 4
+
+
+def test_squad_is_compared_by_the_same_runner(tmp_path, capsys):
+    config = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config |= {"vocab_size": 2048, "max_position_embeddings": 96}
+    save_pretrained(BertForQuestionAnswering(BertConfig(**config)), tmp_path / "weights")
+    (tmp_path / "weights" / "vocab.txt").write_text((SAMPLE / "vocab.txt").read_text())
+    file = tmp_path / "results.csv"
+    arguments = ["--csv", str(file), "--runs", str(tmp_path), "--data", str(SAMPLE), "--in-process"]
+    arguments += ["--weights", str(tmp_path / "weights"), "--starts", "plain", "teacher+gradual", "--masks", "wanda"]
+    arguments += ["--data.max_length", "96", "--data.max_question_length", "24", "--data.max_train_questions", "60"]
+    arguments += ["--data.max_dev_questions", "12", "--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"]
+    assert compare.main([*arguments, "--trainer.precision", "32-true"]) == 0
+    results = read(file)
+    assert [result.label for result in results] == ["dense", "2:4 wanda, r = 0", "2:4 wanda, r = 0, teacher + gradual"]
+    for result in results:
+        assert result.score == result.f1 == result.published
+        assert (result.dev_rows, result.train_rows_seen > 100, result.exact_match >= 0) == (12, True, True)
+    assert results[-1].steps_before == results[-1].steps > 0
+    assert "| 2:4 wanda, r = 0, teacher + gradual | 0.0002 | 1 |" in capsys.readouterr().out
