@@ -58,6 +58,21 @@ def one_gpu(index: int) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": names[index].strip()}
 
 
+@contextlib.contextmanager
+def environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of this process's environment for a while."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def run(recipe: str, subcommand: str, arguments: Sequence[str], defaults: Mapping[str, str]) -> int:
     """Run a recipe's own command line, shown so that it can be repeated by hand; returns its status.
 

@@ -10,11 +10,13 @@ order and begin with the same weights. Options that are not the runner's own go 
 """
 
 import argparse
+import multiprocessing
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -46,7 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help="default: dense, slope, transposable, srste and fst; 'all'; " + known_methods(),
+        help="with rates of its own as in dense@6e-4,9e-4; default: dense, slope, transposable, srste and fst; 'all'; "
+        + known_methods(),
     )
     add("--add", action="append", default=[], metavar="'NAME: CONFIG.yaml ARGUMENTS'", help="a method of your own")
     add("--rates", nargs="+", type=float, help="peak learning rates")
@@ -56,7 +59,11 @@ def main(arguments: list[str] | None = None) -> int:
     add("--tokenizer", help="default: GPT-2's, of SLOPE_DATA_DIR or from the hub")
     add("--runs", type=Path, default=Path("runs/gpt2-compare"), help="logs")
     add("--budget-minutes", type=float, help="begin no run that would not end by then, going by the longest so far")
-    add("--in-process", action="store_true", help="all runs in this process: saves the start of Python and torch")
+    add(
+        "--in-process",
+        action="store_true",
+        help="all runs in this process, or with --gpus in one for each: saves the start of Python and torch",
+    )
     add(
         "--gpus", nargs="+", type=int, metavar="GPU", help="make runs side by side, one on each of these GPUs (0 1 ...)"
     )
@@ -99,13 +106,11 @@ def run_all(options: argparse.Namespace, overrides: list[str]) -> int:
         _name_untraced(options.csv, results, wanted)
     if name == "tiny" and options.data is None:
         location = []  # the bundled stories
-    if options.gpus and options.in_process:
-        raise SystemExit("--gpus and --in-process: runs side by side are processes of their own; leave one of them out")
-    lanes = [launching.one_gpu(index) for index in options.gpus or ()] or [{}]
+    lanes = [Lane(launching.one_gpu(index), options) for index in options.gpus or ()] or [Lane({}, options)]
     queue = Queue(missing, options.budget_minutes, began)
     with ThreadPoolExecutor(len(lanes)) as pool:
-        for lane in [pool.submit(_work, queue, lane, location, options) for lane in lanes]:
-            lane.result()
+        for work in [pool.submit(_work, queue, lane, location) for lane in lanes]:
+            work.result()
     if queue.plans:
         print(
             f"Budget: {(time.perf_counter() - began) / 60:.1f} min are used, a run takes {queue.longest / 60:.1f}; "
@@ -120,13 +125,58 @@ def run_all(options: argparse.Namespace, overrides: list[str]) -> int:
     return min(len(failed), 1)
 
 
-def _work(queue: Queue, lane: Mapping[str, str], location: Sequence[str], options: argparse.Namespace) -> None:
-    """Make runs one after the other, in an environment with ``lane`` set, until the queue gives none."""
+class Lane:
+    """Where runs are made one after the other.
+
+    Args:
+        environment: set for their processes, or with ``--in-process`` for the one process that makes them all; if it is
+            empty, that is this one.
+        options: of the runner.
+    """
+
+    _starting = threading.Lock()
+
+    def __init__(self, environment: Mapping[str, str], options: argparse.Namespace) -> None:
+        self.environment, self.options = environment, options
+        self._pool: ProcessPoolExecutor | None = None
+
+    def train(self, plan: Plan, location: Sequence[str]) -> tuple[Result, Curve, Path]:
+        """Make one run; see :func:`train`.
+
+        Raises:
+            RunError: it failed, or the process died; the next run has another.
+        """
+        if not (self.options.in_process and self.environment):
+            return train(plan, location, self.options, self.environment)
+        if self._pool is None:
+            self._pool = self._start()
+        try:
+            return self._pool.submit(train, plan, location, self.options, {}).result()
+        except BrokenExecutor as error:
+            self._pool = None
+            raise RunError(f"its process died ({error})") from error
+
+    def _start(self) -> ProcessPoolExecutor:
+        """A process is born with the environment that it needs: libraries look at it as they are imported."""
+        with self._starting, launching.environment(self.environment):
+            pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+            pool.submit(int).result()  # processes start with their first task
+        return pool
+
+    def close(self) -> None:
+        """End the process."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
+def _work(queue: Queue, lane: Lane, location: Sequence[str]) -> None:
+    """Make runs one after the other, until the queue gives none."""
+    options = lane.options
     while (plan := queue.take()) is not None:
         label = f"{plan.method}, rate {plan.rate:g}, seed {plan.seed}"
         began = time.perf_counter()
         try:
-            result, curve, trace = train(plan, location, options, lane)
+            result, curve, trace = lane.train(plan, location)
         except RunError as error:
             queue.failed.append(label)
             print(f"{label} FAILED: {error}", flush=True)
@@ -140,6 +190,7 @@ def _work(queue: Queue, lane: Mapping[str, str], location: Sequence[str], option
             f"{label}: loss {result.val_loss:.4f}, {result.tokens_per_second:,.0f} tokens/s, {result.seconds:.0f} s",
             flush=True,
         )
+    lane.close()
 
 
 def _name_untraced(file: Path, results: Sequence[Result], wanted: Sequence[Plan]) -> None:
@@ -166,7 +217,7 @@ def command_line(
         *("fit", "--config", str(HERE / config), *location),
         *("--trainer.callbacks", f"[{', '.join(callbacks)}]"),
         *("--trainer.enable_checkpointing", str(checkpoints).lower(), "--trainer.enable_progress_bar", "false"),
-        *("--trainer.logger.init_args.save_dir", str(folder)),
+        *("--trainer.logger.init_args.save_dir", str(folder), "--model.sample_tokens", "0"),
         *arguments,
         *("--model.learning_rate", repr(plan.rate), "--seed_everything", str(plan.seed), "--data.seed", str(plan.seed)),
     ]

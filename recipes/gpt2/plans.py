@@ -6,10 +6,9 @@ import math
 import shlex
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from recipes.gpt2.ledger import read
 from recipes.gpt2.report import best_rates
@@ -94,23 +93,36 @@ def plans(name: str, options: argparse.Namespace, overrides: Sequence[str]) -> l
         raise SystemExit(f"--add: {', '.join(clash)} is one of the methods already; choose another name")
     known |= own
     methods = options.methods or ([*own] or [*DEFAULT[name]])
-    methods = [*known] if methods == ["all"] else methods
-    if unknown := [method for method in methods if method not in known]:
+    given = dict(_with_rates(text) for text in ([*known] if methods == ["all"] else methods))
+    if unknown := [method for method in given if method not in known]:
         raise SystemExit(f"--methods: {', '.join(map(repr, unknown))} unknown; {name} has {', '.join(known)}")
-    settings = {method: " ".join([known[method], shlex.join(overrides)]).strip() for method in methods}
+    settings = {method: " ".join([known[method], shlex.join(overrides)]).strip() for method in given}
     rates = options.rates or list(FAMILIES[name].rates)
-    if wrong := [rate for rate in rates if not 0 < rate < 1]:
+    if wrong := [rate for rate in itertools.chain(rates, *given.values()) if not 0 < rate < 1]:
         raise SystemExit(f"--rates: {wrong[0]:g} is no learning rate; numbers above 0 and below 1 are expected")
     if not options.best_rates:
-        grid: Iterator[Any] = itertools.product(options.seeds, rates, methods)
-        return [Plan(name, method, settings[method], rate, seed) for seed, rate, method in grid]
+        own_rates = {method: tried or rates for method, tried in given.items()}
+        longest = max(map(len, own_rates.values()))
+        grid = [(m, r[i]) for i in range(longest) for m, r in own_rates.items() if i < len(r)]
+        return [Plan(name, m, settings[m], rate, seed) for seed in options.seeds for m, rate in grid]
+    if twice := [method for method, tried in given.items() if tried]:
+        raise SystemExit(f"--best-rates: {', '.join(twice)} came with rates of its own; leave one of them out")
     best = best_rates(read(options.csv))
-    if absent := [method for method in methods if settings[method] not in best]:
+    if absent := [method for method in given if settings[method] not in best]:
         raise SystemExit(f"--best-rates: {options.csv} has no run of {', '.join(absent)} to choose a rate from")
     return [
         Plan(name, method, settings[method], best[settings[method]], seed)
-        for seed, method in itertools.product(options.seeds, methods)
+        for seed, method in itertools.product(options.seeds, given)
     ]
+
+
+def _with_rates(text: str) -> tuple[str, list[float]]:
+    """A method, and the rates that it is to be tried at if it came with some: ``dense@6e-4,9e-4``."""
+    method, _, rates = text.partition("@")
+    try:
+        return method.strip(), [float(rate) for rate in rates.split(",")] if rates else []
+    except ValueError:
+        raise SystemExit(f"--methods {text!r}: METHOD or METHOD@RATE,RATE is expected") from None
 
 
 def _own_method(text: str) -> tuple[str, str]:

@@ -1,12 +1,15 @@
 """The comparison runner: what it runs, that it resumes, what it says of failures, and its report."""
 
+import argparse
 import csv
 import dataclasses
 import math
+import os
 import shlex
 import subprocess
 import sys
 import threading
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 import pytest
@@ -82,8 +85,23 @@ def test_runs_side_by_side(arguments, tmp_path, monkeypatch, capfd):
     assert "2 runs failed: " in capfd.readouterr().out
     with pytest.raises(SystemExit, match="there are 2 GPUs here, counted from 0"):
         compare.main([*arguments, "--gpus", "2"])
-    with pytest.raises(SystemExit, match="leave one of them out"):
-        compare.main([*arguments, "--gpus", "0", "--in-process"])
+
+
+def test_a_gpu_has_one_process_for_all_its_runs(arguments, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert compare.main([*arguments, "--gpus", "1", "--methods", "dense@1e-3,2e-3"]) == 0
+    assert [(r.method, r.rate) for r in read(tmp_path / "my.csv")] == [("dense", 1e-3), ("dense", 2e-3)]
+
+    lane = compare.Lane({"CUDA_VISIBLE_DEVICES": "7"}, argparse.Namespace(in_process=True))
+    lane._pool = lane._start()
+    assert lane._pool.submit(os.getenv, "CUDA_VISIBLE_DEVICES").result() == "7"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,7"
+    died = lane._pool.submit(os._exit, 1)
+    with pytest.raises(BrokenExecutor):
+        died.result()
+    with pytest.raises(RunError, match="its process died"):
+        lane.train(Plan("tiny", "dense", "tiny_dense.yaml", 1e-3, 0), [])
+    assert lane._pool is None  # the next run starts another
 
 
 def test_a_lane_sets_the_environment_of_its_runs(tmp_path, monkeypatch):
@@ -206,11 +224,28 @@ def parse(arguments, more):
         (["--add", "mine tiny.yaml"], "'NAME: CONFIG.yaml ARGUMENTS' is expected"),
         (["--add", "mine: nothing.yaml"], "'NAME: CONFIG.yaml ARGUMENTS' is expected"),
         (["--add", "dense: tiny.yaml"], "dense is one of the methods already"),
+        (["--methods", "dense@fast"], "'dense@fast': METHOD or METHOD@RATE,RATE is expected"),
+        (["--methods", "dense@1e-3,2"], "2 is no learning rate"),
+        (["--best-rates", "--methods", "dense@1e-3"], "dense came with rates of its own"),
     ],
 )
 def test_wrong_options_are_named(arguments, more, message):
     with pytest.raises(SystemExit, match=message):
         compare.main([*arguments, *more])
+
+
+def test_methods_may_come_with_rates_of_their_own(arguments):
+    options = argparse.Namespace(
+        methods=["dense@1e-3", "fst", "slope r=4@3e-3,4e-3,5e-3"],
+        add=[],
+        rates=[7e-3, 8e-3],
+        seeds=[0, 1],
+        best_rates=False,
+    )
+    found = [(plan.method, plan.rate, plan.seed) for plan in plans("tiny", options, [])]
+    first = [("dense", 1e-3, 0), ("fst", 7e-3, 0), ("slope r=4", 3e-3, 0), ("fst", 8e-3, 0), ("slope r=4", 4e-3, 0)]
+    assert found[:6] == [*first, ("slope r=4", 5e-3, 0)]
+    assert found[6:] == [(method, rate, 1) for method, rate, _ in found[:6]]
 
 
 def test_another_csv_is_refused(arguments, tmp_path):
