@@ -44,7 +44,8 @@ class RestoreGuard:
         if reason is not None:
             raise CheckpointError(reason)
         checkpoint = type(strategy).load_checkpoint(strategy, checkpoint_path, *args, **kwargs)
-        whole = Path(checkpoint_path).is_file()  # a sharded one has tensors and optimizers in files of their own
+        # FSDP2 and DeepSpeed take tensors and optimizers out themselves, or have them in files of their own.
+        whole = Path(checkpoint_path).is_file() and not isinstance(strategy, ModelParallelStrategy | DeepSpeedStrategy)
         check_content(checkpoint, whole)
         if whole and self._trainer.state.fn == TrainerFn.FITTING:
             check_resumable(checkpoint)
