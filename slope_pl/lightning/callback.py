@@ -26,6 +26,7 @@ from slope_pl.lightning.checks import (
     strip_classes,
 )
 from slope_pl.lightning.deepspeed import ZeroAdapters
+from slope_pl.lightning.optimizers import optimizer_notes
 from slope_pl.lightning.restore import RestoreGuard, check_counters, check_mark, check_phase
 from slope_pl.lightning.schedule import adapter_start_step, has_time_limit, planned_steps
 from slope_pl.nn import (
@@ -155,10 +156,12 @@ class SLoPeCallback(pl.Callback):
             self.woke_at_step = trainer.global_step  # woken before this callback came to the model
         check_phase(pl_module, self.woke_at_step)
         self.start_step = adapter_start_step(config, total) if self.woke_at_step is None else self.woke_at_step
+        notes: list[str] = []
         if self._zero is None:
             check_optimizers(trainer, self._layers)
             if self._guard is not None:
                 self._guard.check_optimizers()
+            notes = optimizer_notes(trainer.optimizers, self._layers)
         else:
             self._zero.follow(awake=self.woke_at_step is not None)
         report = sparsity_report(pl_module)
@@ -166,7 +169,8 @@ class SLoPeCallback(pl.Callback):
         self._plan_lines = [
             f"SLoPe: {report.sparse_layers} linear layers are 2:4 ({config.mask} mask), {report.dense_layers} stay dense; "
             f"{report.kept_parameters:,} kept values for {report.kept_parameters + report.pruned_entries:,} weights; "
-            + self._plan(total)
+            + self._plan(total),
+            *notes,
         ]
         if pl_module.device.type != "cpu":  # where there is a choice
             lines = backend_lines(self._layers, pl_module.device.type, product_dtype(trainer.precision))

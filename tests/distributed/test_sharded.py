@@ -19,7 +19,7 @@ def ranks(tmp_path_factory):
 def assert_one_with_a_larger_batch(reports, folder, name):
     """Same initial weights, the same windows in each step; what is left is the rounding of sums in another order.
 
-    ZeRO computes in float32 alone: measured are 2e-7 of a loss and 4e-6 of a weight; masks and columns are the same.
+    ZeRO computes in float32 alone: measured are 2e-7 of a loss and 3e-7 in a weight; masks and columns are the same.
     """
     module = (Sparse if "zero" in name else Double)()
     module.batch_size = 8 * len(reports)
@@ -27,7 +27,7 @@ def assert_one_with_a_larger_batch(reports, folder, name):
     double = "zero" not in name
     losses = [sum(step) / len(reports) for step in zip(*(report["losses"] for report in reports), strict=True)]
     assert losses == pytest.approx(module.losses, rel=1e-12 if double else 2e-6)
-    tolerance = {"rtol": 1e-10, "atol": 1e-12} if double else {"rtol": 1e-4, "atol": 2e-5}
+    tolerance = {"rtol": 1e-10, "atol": 1e-12} if double else {"rtol": 1e-5, "atol": 5e-6}
     for report in reports:
         torch.testing.assert_close(report["model"], module.state_dict(), **tolerance)
     assert all(report["callback"] == {"resetups": 3, "last_resetup_step": 15, "woke_at_step": 12} for report in reports)
