@@ -13,6 +13,7 @@ from slope_pl.errors import (
     CheckpointError,
     ConfigError,
     ConversionError,
+    InputError,
     ScheduleError,
     SLoPeError,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "ConversionError",
     "Distillation",
     "FadeCallback",
+    "InputError",
     "SLoPeCallback",
     "SLoPeConfig",
     "SLoPeDDPStrategy",

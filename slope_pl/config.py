@@ -76,8 +76,8 @@ class SLoPeConfig:
                 "weight; set it to 0, or choose mask='magnitude' or 'transposable'"
             )
         check_integer("seed", self.seed, 0)
-        if not isinstance(self.fuse_gelu, bool):
-            raise ConfigError(f"fuse_gelu={self.fuse_gelu!r}: True or False is expected")
+        for name in ("keep_first_dense", "keep_heads_dense", "fuse_gelu"):
+            check_flag(name, getattr(self, name))
         if self.backward_refresh_steps is not None:
             check_integer(
                 "backward_refresh_steps", self.backward_refresh_steps, 1, "; None never re-chooses the columns"
@@ -124,6 +124,8 @@ class SLoPeConfig:
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> "SLoPeConfig":
         """The config of a mapping such as :meth:`to_dict` makes; an unknown key is a :class:`ConfigError`."""
+        if not isinstance(settings, Mapping):
+            raise ConfigError(f"a mapping of SLoPeConfig's fields is expected, got {type(settings).__name__}")
         known = [field.name for field in fields(cls)]
         unknown = sorted(str(key) for key in settings if key not in known)
         if unknown:
@@ -150,6 +152,12 @@ def check_integer(name: str, value: Any, least: int, hint: str = "") -> None:
     """Raise a ConfigError unless a setting is an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{name}={value!r}: an integer of at least {least} is expected{hint}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise a ConfigError unless a setting is True or False."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r}: True or False is expected")
 
 
 def check_fraction(name: str, value: Any, hint: str) -> None:

@@ -13,6 +13,10 @@ class ConversionError(SLoPeError, ValueError):
     """A model cannot be made sparse (or dense again) as asked."""
 
 
+class InputError(SLoPeError, ValueError, RuntimeError):
+    """A tensor that is given to a layer or an operation has the wrong shape, dtype or device, or is none."""
+
+
 class CheckpointError(SLoPeError, RuntimeError):
     """A checkpoint does not belong to the model that reads it, or is damaged."""
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, Self, get_args
 
-from slope_pl.config import SLoPeConfig, as_patterns, check_fraction, check_integer, check_one_of
+from slope_pl.config import SLoPeConfig, as_patterns, check_flag, check_fraction, check_integer, check_one_of
 from slope_pl.errors import ConfigError
 
 BackwardPruning = Literal["weight", "gradient", "none"]
@@ -161,8 +161,7 @@ class FSTConfig(BaselineConfig):
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", as_patterns("targets", self.targets))
         _check_common(self)
-        if not isinstance(self.mvue, bool):
-            raise ConfigError(f"mvue={self.mvue!r}: True or False is expected")
+        check_flag("mvue", self.mvue)
         if self.dense_finish_fraction != 0 or isinstance(self.dense_finish_fraction, bool):
             check_fraction("dense_finish_fraction", self.dense_finish_fraction, "0 never ends the sparse phase")
         changed = self.dense_finish_fraction != DEFAULT_DENSE_FRACTION

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from slope_pl.baselines.config import BackwardPruning
 from slope_pl.baselines.product import MaskedProduct, double_pruned_mask
 from slope_pl.errors import CheckpointError, ConversionError
-from slope_pl.nn.eligibility import why_ineligible
+from slope_pl.nn.eligibility import check_linear, why_ineligible
 from slope_pl.nn.hooks import carry_hooks
 from slope_pl.sparsity import MaskKind, make_mask
 
@@ -55,6 +55,7 @@ class MaskedLinear(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_linear(linear)
         self._made_from = type(linear)
         self.weight = linear.get_parameter("weight")
         self.bias = cast("nn.Parameter | None", linear.bias)
@@ -81,6 +82,11 @@ class MaskedLinear(nn.Module):
         self.refresh_mask()
         self.training = linear.training
         carry_hooks(linear, self)
+
+    @property
+    def masked_by(self) -> str:
+        """The method's config class, by name: what SLoPe's surgery says when it refuses the model."""
+        return type(self).__name__ if self.config is None else type(self.config).__name__
 
     @torch.no_grad()
     def _make_adapters(self, seed: int) -> None:

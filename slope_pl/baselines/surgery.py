@@ -9,7 +9,7 @@ from torch import nn
 from slope_pl.baselines.config import BaselineConfig, FSTConfig, SRSTEConfig
 from slope_pl.baselines.layers import MaskedLinear
 from slope_pl.config import SLoPeConfig
-from slope_pl.errors import ConversionError
+from slope_pl.errors import ConfigError, ConversionError
 from slope_pl.nn.selection import Choice, all_names, choose_layers
 from slope_pl.nn.surgery import layer_seed, log_dense_layers, refuse_wrapped, replace_module, sparse_layers
 
@@ -65,6 +65,8 @@ def mask_layers(model: nn.Module, config: SRSTEConfig | FSTConfig) -> dict[str, 
         ConversionError: if no layer matches, a pattern matches nothing, the model is wrapped already, or it was converted
             by another configuration or method.
     """
+    if not isinstance(config, SRSTEConfig | FSTConfig):
+        raise ConfigError(f"an SRSTEConfig or an FSTConfig is expected, got a {type(config).__name__}")
     refuse_wrapped(model)
     if sparse_layers(model):
         raise ConversionError(

@@ -169,7 +169,10 @@ def _from_json(content: Any, name: str, end_of_text: str) -> TextTokenizer:
         raise ValueError(
             f"{name}: the model is {kind!r}, expected a byte-level BPE with vocabulary and merges (GPT-2's)"
         )
-    added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
+    try:
+        added = {token["content"]: int(token["id"]) for token in content.get("added_tokens") or ()}
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{name}: added_tokens are damaged, expected objects with content and id: {error}") from error
     vocab = {**vocab, **added}
     missing = sorted(set(ByteLevel.alphabet()) - vocab.keys())
     if missing:

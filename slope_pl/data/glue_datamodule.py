@@ -11,7 +11,16 @@ from torch.utils.data import DataLoader, Dataset
 from slope_pl.data.glue import HUB, find_glue_file, is_local, load_hub_split, read_glue
 from slope_pl.data.glue_rows import GlueRows, build_rows
 from slope_pl.data.glue_tasks import task_info
-from slope_pl.data.loading import Batch, EpochSampler, LoaderModule, ResumableDataLoader, subset
+from slope_pl.data.loading import (
+    Batch,
+    EpochSampler,
+    LoaderModule,
+    ResumableDataLoader,
+    check_flag,
+    check_integer,
+    check_place,
+    subset,
+)
 from slope_pl.data.pair_tokenizer import load_pair_tokenizer
 
 _BUCKET = 50  # batches whose rows are sorted by length together
@@ -138,11 +147,11 @@ class GlueDataModule(LoaderModule):
         ):
             if value is None and name.endswith("_rows"):
                 continue
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} is {value!r}, expected an integer")
-            if value < least.get(name, 1):
-                hint = "; leave it out (null) for all rows" if name.endswith("_rows") else ""
-                raise ValueError(f"{name} is {value}, expected {least.get(name, 1)} or more{hint}")
+            hint = "; leave it out (null) for all rows" if name.endswith("_rows") else ""
+            check_integer(name, value, least.get(name, 1), hint)
+        check_place("source", source)
+        check_place("tokenizer", tokenizer)
+        check_flag("length_buckets", length_buckets)
         if on_bad_row not in ("raise", "skip"):
             raise ValueError(f"on_bad_row is {on_bad_row!r}, expected 'raise' or 'skip'")
         self.task, self.source, self.tokenizer, self.on_bad_row = task, source, tokenizer, on_bad_row

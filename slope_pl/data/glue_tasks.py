@@ -128,6 +128,6 @@ def task_info(name: str) -> TaskInfo:
     Raises:
         ValueError: there is none; lists those there are.
     """
-    if name not in TASKS:
+    if not isinstance(name, str) or name not in TASKS:
         raise ValueError(f"task is {name!r}, expected one of {', '.join(TASKS)}")
     return TASKS[name]

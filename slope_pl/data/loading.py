@@ -1,5 +1,6 @@
 """Loaders that can be stopped after any batch, and what the data modules share of making them."""
 
+import os
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -11,6 +12,28 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 Batch = dict[str, Tensor]
 T = TypeVar("T")
+
+
+def check_integer(name: str, value: Any, least: int, hint: str = "") -> None:
+    """Raise TypeError or ValueError unless an argument is an integer of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}, expected an integer")
+    if value < least:
+        raise ValueError(f"{name} is {value}, expected {least} or more{hint}")
+
+
+def check_place(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError unless an argument names a place: a path, or an id on the hub."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} is {value!r}, expected a string: a path, or an id on the hub")
+    if not os.fspath(value):
+        raise ValueError(f"{name} is '', expected a path, or an id on the hub")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise TypeError unless an argument is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}, expected True or False")
 
 
 def as_is(batch: Batch) -> Batch:

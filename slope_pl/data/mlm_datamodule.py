@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
-from slope_pl.data.loading import ResumableDataLoader
+from slope_pl.data.loading import ResumableDataLoader, check_integer
 from slope_pl.data.mlm_pairs import Batch, MlmPairs
 from slope_pl.data.mlm_sentences import GroupedText, Sentences, SentenceTokenizer, load_sentence_tokenizer
 from slope_pl.data.mlm_spans import Spans, load_spans
@@ -118,10 +118,7 @@ class MlmDataModule(TextDataModule):
             ("max_predictions", max_predictions, 1),
             ("rows_per_document", rows_per_document, 1),
         ):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} is {value!r}, expected an integer")
-            if value < least:
-                raise ValueError(f"{name} is {value}, expected {least} or more")
+            check_integer(name, value, least)
         if max_predictions > max_length:
             raise ValueError(f"max_predictions is {max_predictions}, expected max_length={max_length} or less")
         if not isinstance(short_probability, int | float) or isinstance(short_probability, bool):

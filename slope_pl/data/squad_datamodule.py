@@ -12,7 +12,15 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
-from slope_pl.data.loading import Batch, EpochSampler, LoaderModule, ResumableDataLoader, subset
+from slope_pl.data.loading import (
+    Batch,
+    EpochSampler,
+    LoaderModule,
+    ResumableDataLoader,
+    check_integer,
+    check_place,
+    subset,
+)
 from slope_pl.data.pair_tokenizer import load_pair_tokenizer
 from slope_pl.data.squad import Split, SquadExample, find_squad_file, is_local, load_hub_split, read_squad
 from slope_pl.data.squad_windows import SquadWindows, build_windows, check_lengths
@@ -103,11 +111,12 @@ class SquadDataModule(LoaderModule):
         ):
             if value is None and name.endswith("_questions"):
                 continue
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} is {value!r}, expected an integer")
-            if value < least.get(name, 1):
-                hint = "; leave it out (null) for all questions" if name.endswith("_questions") else ""
-                raise ValueError(f"{name} is {value}, expected {least.get(name, 1)} or more{hint}")
+            hint = "; leave it out (null) for all questions" if name.endswith("_questions") else ""
+            check_integer(name, value, least.get(name, 1), hint)
+        places = {"source": source, "tokenizer": tokenizer, "train_file": train_file, "dev_file": dev_file}
+        for name, place in places.items():
+            if place is not None or not name.endswith("_file"):
+                check_place(name, place)
         if on_bad_answer not in ("raise", "skip"):
             raise ValueError(f"on_bad_answer is {on_bad_answer!r}, expected 'raise' or 'skip'")
         check_lengths(max_length, doc_stride, max_question_length)

@@ -18,7 +18,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
 from slope_pl.data.bpe import END_OF_TEXT, TextTokenizer, load_bpe
-from slope_pl.data.loading import Batch, EpochSampler, LoaderModule, ResumableDataLoader
+from slope_pl.data.loading import (
+    Batch,
+    EpochSampler,
+    LoaderModule,
+    ResumableDataLoader,
+    check_flag,
+    check_integer,
+    check_place,
+)
 from slope_pl.data.text_prepare import describe_tokenizer, prepare_shards
 from slope_pl.data.text_shards import INDEX, VERSION, PackedTokens, ShardError, ShardIndex
 from slope_pl.data.text_sources import HubText, LocalText, TextSource, is_local_text
@@ -157,11 +165,17 @@ class TextDataModule(LoaderModule):
         super().__init__()
         counts = {"context": context, "batch_size": batch_size, "eval_batch_size": eval_batch_size, "seed": seed}
         for name, value in {**counts, "num_workers": num_workers, "shard_tokens": shard_tokens}.items():
-            least = 0 if name in ("seed", "num_workers") else 1
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} is {value!r}, expected an integer")
-            if value < least:
-                raise ValueError(f"{name} is {value}, expected {least} or more")
+            check_integer(name, value, 0 if name in ("seed", "num_workers") else 1)
+        check_place("source", source)
+        check_place("tokenizer", tokenizer)
+        if cache_dir is not None:
+            check_place("cache_dir", cache_dir)
+        check_flag("verify", verify)
+        texts = {"text_field": text_field, "split": split, "end_of_text": end_of_text}
+        optional = {"separator": separator, "subset": subset, "revision": revision}
+        for name, text in {**texts, **optional}.items():
+            if not isinstance(text, str) and not (text is None and name in optional):
+                raise TypeError(f"{name} is {text!r}, expected a string{', or None' if name in optional else ''}")
         if not isinstance(val_fraction, int | float) or isinstance(val_fraction, bool):
             raise TypeError(f"val_fraction is {val_fraction!r}, expected a number")
         if not 0 <= val_fraction < 1:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from slope_pl.data.bpe import TextTokenizer
+from slope_pl.data.squad import DataUnavailableError
 from slope_pl.data.text_shards import INDEX, Shard, ShardError, ShardIndex, differences, write_atomically
 from slope_pl.data.text_sources import Document, TextFormatError, TextSource
 
@@ -76,7 +77,12 @@ def prepare_shards(
     if (found := _load(folder)) and found.complete:  # without the lock: the folder may be read-only
         _check(folder, found, source, tokenizer, val_fraction, shard_tokens, verify)
         return found
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataUnavailableError(
+            f"cannot make the folder {folder} for the prepared text: {error.strerror or error}. Choose another cache_dir."
+        ) from error
     lock = FileLock(folder.with_name(folder.name + ".lock"))
     try:
         held = lock.acquire(timeout=0)

@@ -116,11 +116,32 @@ class ShardIndex:
             content["splits"] = {name: _split(split) for name, split in content["splits"].items()}
             if set(content["splits"]) != set(SPLITS):
                 raise ValueError(f"splits {sorted(content['splits'])}, expected {sorted(SPLITS)}")
-            return cls(**content)
+            index = cls(**content)
+            index._check_numbers()
+            return index
         except ShardError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ShardError(f"{path}: the index is damaged ({type(error).__name__}: {error}); {fix}") from error
+
+    def _check_numbers(self) -> None:
+        """Raise ValueError where readers of the shards would go astray."""
+        if self.dtype not in ("<u2", "<u4"):
+            raise ValueError(f"dtype is {self.dtype!r}, expected '<u2' or '<u4'")
+        if not isinstance(self.tokenizer, dict) or not isinstance(self.source, dict):
+            raise ValueError(f"tokenizer is {self.tokenizer!r} and source {self.source!r}, expected two objects")
+        if not isinstance(self.shard_tokens, int) or self.shard_tokens < 1:
+            raise ValueError(f"shard_tokens is {self.shard_tokens!r}, expected 1 or more")
+        for split in self.splits.values():
+            for shard in (*split.shards, *([split.tail] if split.tail else [])):
+                full = any(shard is other for other in split.shards[:-1])
+                least = self.shard_tokens if full else 1
+                if not isinstance(shard.file, str) or Path(shard.file).name != shard.file:
+                    raise ValueError(f"a shard is called {shard.file!r}, expected the name of a file in the folder")
+                if not isinstance(shard.tokens, int) or not least <= shard.tokens <= self.shard_tokens:
+                    raise ValueError(
+                        f"{shard.file} has {shard.tokens!r} tokens, expected {least} to shard_tokens={self.shard_tokens}"
+                    )
 
     def check_files(self, folder: Path, content: bool) -> None:
         """Check every shard.

@@ -71,6 +71,8 @@ def _from_file(path: Path) -> Tokenizer:
         config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}, or the tokenizer_config.json next to it, is damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_file}: {config!r}, expected an object with keys such as do_lower_case")
     vocabulary: dict[str, int] = {}
     # Not splitlines(): U+2028 and its like may be tokens.
     for line, token in enumerate(text.removesuffix("\n").split("\n")):
@@ -89,10 +91,16 @@ def _from_json(content: Any, name: str) -> Tokenizer:
     if not isinstance(model, dict) or model.get("type", "WordPiece") != "WordPiece" or "vocab" not in model:
         kind = model.get("type") if isinstance(model, dict) else None
         raise ValueError(f"{name}: the model is {kind!r}, expected a WordPiece model with a vocabulary (BERT's)")
-    normalizer = content.get("normalizer") or {}
+    vocab, normalizer = model["vocab"], content.get("normalizer") or {}
+    for key, value in (("model.vocab", vocab), ("normalizer", normalizer)):
+        if not isinstance(value, dict):
+            raise ValueError(f"{name}: {key} is a {type(value).__name__}, expected an object")
+    wrong = [token for token, number in vocab.items() if not isinstance(number, int) or number < 0]
+    if wrong:
+        raise ValueError(f"{name}: the vocabulary is damaged: the id of {wrong[0]!r} is {vocab[wrong[0]]!r}, no number")
     known = {k: normalizer[k] for k in ("clean_text", "handle_chinese_chars", "strip_accents") if k in normalizer}
     extra = {k: model[k] for k in ("continuing_subword_prefix", "max_input_chars_per_word") if k in model}
-    return _build(dict(model["vocab"]), name, normalizer.get("lowercase", True), known, extra)
+    return _build(dict(vocab), name, normalizer.get("lowercase", True), known, extra)
 
 
 def _build(

@@ -26,6 +26,8 @@ from slope_pl.lightning.checks import (
     strip_classes,
 )
 from slope_pl.lightning.deepspeed import ZeroAdapters
+from slope_pl.lightning.optimizers import optimizer_notes
+from slope_pl.lightning.restore import RestoreGuard, check_counters, check_mark, check_phase
 from slope_pl.lightning.schedule import adapter_start_step, has_time_limit, planned_steps
 from slope_pl.nn import (
     SparseLinear,
@@ -74,6 +76,7 @@ class SLoPeCallback(pl.Callback):
         self._norms_logged_at = -1
         self._random = rng.RandomState()
         self._zero: ZeroAdapters | None = None
+        self._guard: RestoreGuard | None = None
 
     # ------------------------------------------------------------------------------------------------ before training
 
@@ -85,6 +88,7 @@ class SLoPeCallback(pl.Callback):
             self._zero = ZeroAdapters(trainer.strategy)
         if self.config is None:
             self.config = as_config(getattr(pl_module, "slope_config", None)) or SLoPeConfig()
+        self._guard = RestoreGuard(trainer, pl_module, self.config)
         if stage == "fit" and trainer.global_step == 0:
             # A new run; a restored one gets its counters from the checkpoint, after this hook.
             self.resetups, self._last_resetup_step, self.woke_at_step = 0, 0, None
@@ -150,9 +154,14 @@ class SLoPeCallback(pl.Callback):
         total = planned_steps(trainer, config)
         if self.woke_at_step is None and any(layer.adapters_awake for layer in self._layers.values()):
             self.woke_at_step = trainer.global_step  # woken before this callback came to the model
+        check_phase(pl_module, self.woke_at_step)
         self.start_step = adapter_start_step(config, total) if self.woke_at_step is None else self.woke_at_step
+        notes: list[str] = []
         if self._zero is None:
             check_optimizers(trainer, self._layers)
+            if self._guard is not None:
+                self._guard.check_optimizers()
+            notes = optimizer_notes(trainer.optimizers, self._layers)
         else:
             self._zero.follow(awake=self.woke_at_step is not None)
         report = sparsity_report(pl_module)
@@ -160,7 +169,8 @@ class SLoPeCallback(pl.Callback):
         self._plan_lines = [
             f"SLoPe: {report.sparse_layers} linear layers are 2:4 ({config.mask} mask), {report.dense_layers} stay dense; "
             f"{report.kept_parameters:,} kept values for {report.kept_parameters + report.pruned_entries:,} weights; "
-            + self._plan(total)
+            + self._plan(total),
+            *notes,
         ]
         if pl_module.device.type != "cpu":  # where there is a choice
             lines = backend_lines(self._layers, pl_module.device.type, product_dtype(trainer.precision))
@@ -294,6 +304,7 @@ class SLoPeCallback(pl.Callback):
         """Compare the run's config with the checkpoint's: the schedule may change, what the masks are may not."""
         mark = checkpoint.get(CHECKPOINT_KEY)
         if mark is not None:
+            check_mark(mark)
             drop_dense_layers(pl_module)
             for note in check_config(mark, self._config):
                 pl_module.print(note)
@@ -310,6 +321,7 @@ class SLoPeCallback(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the saved schedule."""
+        check_counters(state_dict, ("resetups", "last_resetup_step"), optional=("woke_at_step",))
         self.resetups = state_dict["resetups"]
         self._last_resetup_step = state_dict["last_resetup_step"]
         self.woke_at_step = state_dict["woke_at_step"]

@@ -6,7 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from slope_pl.config import SLoPeConfig
 from slope_pl.errors import CheckpointError, ConversionError, ScheduleError
@@ -25,6 +25,8 @@ _FIXED_AT_CONVERSION = frozenset({"mask", "seed", "adapter_rank", "adapter_rank_
 
 def check_format(mark: dict[str, Any]) -> None:
     """Raise if a checkpoint was written by a newer version of this package, in a format that it changed."""
+    if mark["format"] < 1:
+        raise CheckpointError(f"the checkpoint has format {mark['format']}, 1 or more is expected: it is damaged")
     if mark["format"] > FORMAT_VERSION:
         raise CheckpointError(
             f"the checkpoint has format {mark['format']} (slope_pl {mark['version']}); this slope_pl reads up to "
@@ -39,6 +41,12 @@ def check_strategy(strategy: Any) -> None:
             f"{type(strategy).__name__} is not supported: sparse training runs on a single device, under DDP, DeepSpeed and "
             "FSDP2. Use strategy='auto', 'ddp', 'slope', 'slope_ddp', 'slope_deepspeed_stage_2' or 'slope_fsdp2'."
         )
+    if isinstance(strategy, DeepSpeedStrategy):
+        stage = (strategy.config or {}).get("zero_optimization", {}).get("stage")
+        if stage not in (1, 2, 3) or not isinstance(stage, int):
+            raise ScheduleError(
+                f"DeepSpeed with stage={stage!r}: ZeRO stage 1, 2 or 3 is expected; use 'slope_ddp' for none"
+            )
     if isinstance(strategy, ModelParallelStrategy) and strategy._tensor_parallel_size not in ("auto", 1):
         raise ScheduleError(
             f"tensor_parallel_size={strategy._tensor_parallel_size}: sparse weights know data parallelism alone; set 1"

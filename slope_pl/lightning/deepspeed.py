@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from slope_pl.errors import ScheduleError
+from slope_pl.lightning.optimizers import refuse_flattened
 from slope_pl.nn import SparseLinear, sparse_layers
 
 
@@ -34,6 +35,7 @@ class ZeroAdapters:
 
         def setup(model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None) -> Any:
             if optimizer is not None:
+                refuse_flattened(optimizer)
                 self._decays = sleeping_groups(sparse_layers(model), optimizer)
             return original(strategy, model, optimizer, lr_scheduler)
 

@@ -60,11 +60,11 @@ class Distillation:
     def __init__(self, teacher: nn.Module, task: Task, temperature: float = 1.0, weight: float = 0.5) -> None:
         if task not in get_args(Task):
             raise ConfigError(f"task={task!r} is unknown; choose one of {', '.join(get_args(Task))}")
-        if not 0 < temperature < float("inf"):
+        if not _is_number(temperature) or not 0 < temperature < float("inf"):
             raise ConfigError(f"temperature={temperature!r}: a number above 0 is expected")
         if task == "regression" and temperature != 1:
             raise ConfigError(f"temperature={temperature!r} has no effect in regression; leave it out")
-        if not 0 < weight <= 1:
+        if not _is_number(weight) or not 0 < weight <= 1:
             raise ConfigError(
                 f"weight={weight!r}: above 0 and at most 1 is expected; without a teacher, leave distillation out"
             )
@@ -148,6 +148,10 @@ class Distillation:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Distillation":
         return self
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:

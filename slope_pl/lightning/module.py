@@ -1,6 +1,7 @@
 """SLoPeLightningModule: a LightningModule that is sparse by construction."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,7 +10,8 @@ from slope_pl.config import SLoPeConfig, as_config
 from slope_pl.errors import CheckpointError
 from slope_pl.lightning.calibration import convert
 from slope_pl.lightning.callback import SLoPeCallback
-from slope_pl.lightning.checks import CHECKPOINT_KEY, check_format, strip_classes
+from slope_pl.lightning.checks import CHECKPOINT_KEY, strip_classes
+from slope_pl.lightning.restore import check_content, check_layers, check_tensors, explain, why_unreadable
 from slope_pl.lightning.sharding import shard
 from slope_pl.nn import sparse_layers, was_densified
 
@@ -60,18 +62,30 @@ class SLoPeLightningModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, or of the other kind, dense or sparse, before any of it is read."""
         super().on_load_checkpoint(checkpoint)
-        saved, own = checkpoint.get("state_dict", {}), self.state_dict()
-        if saved and saved.keys().isdisjoint(own.keys()):  # a sharded checkpoint has its tensors in files of their own
-            raise CheckpointError(
-                f"the checkpoint is of another model: none of its {len(saved)} tensors ({next(iter(saved))}, ...) "
-                f"is one of this {type(self).__name__}'s {len(own)} ({next(iter(own), 'none')}, ...)"
-            )
+        check_content(checkpoint, whole=self._trainer is None)
         mark = checkpoint.get(CHECKPOINT_KEY)
-        if mark is None:
-            return
-        check_format(mark)
-        if not sparse_layers(self):
+        if mark is not None and not sparse_layers(self):
             raise CheckpointError(
                 f"the checkpoint is of a 2:4 sparse model ({len(mark['layers'])} sparse layers), but this model is dense: "
                 "use the sparse configuration (slope=SLoPeConfig(...)), or export the checkpoint to dense weights first"
             )
+        check_layers(self, checkpoint)
+        check_tensors(self, checkpoint.get("state_dict") or {}, self.strict_loading)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in the base class, which reads a file without a look at its checksums.
+
+        Raises:
+            CheckpointError: if the file is damaged, no checkpoint, or one of another model.
+        """
+        if isinstance(checkpoint_path, str | Path):
+            reason = why_unreadable(checkpoint_path)
+            if reason is not None:
+                raise CheckpointError(reason)
+        try:
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(checkpoint_path, str | Path):
+                explain(checkpoint_path, error)
+            raise

@@ -14,6 +14,8 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
+from slope_pl.errors import CheckpointError
+
 State = dict[str, torch.Tensor]
 States = list[State]
 
@@ -27,7 +29,13 @@ class RandomState:
         self._at_start: State | None = None
 
     def load(self, states: States | None) -> None:
-        """What a checkpoint holds; None if it holds nothing."""
+        """What a checkpoint holds; None if it holds nothing.
+
+        Raises:
+            CheckpointError: if it is nothing that :func:`collect` gives.
+        """
+        if states is not None:
+            _check(states)
         self._saved = states
 
     def begin(self, trainer: pl.Trainer, device: torch.device) -> None:
@@ -91,6 +99,21 @@ def restore(states: States, rank: int, world_size: int, device: torch.device) ->
     if problem is None:
         _set(states[rank], device)
     return problem
+
+
+def _check(states: Any) -> None:
+    size = torch.get_rng_state().shape
+    good = isinstance(states, list) and all(
+        isinstance(own, dict)
+        and isinstance(own.get("cpu"), torch.Tensor)
+        and all(isinstance(state, torch.Tensor) and state.dtype is torch.uint8 for state in own.values())
+        and own["cpu"].shape == size
+        for own in states
+    )
+    if not good:
+        raise CheckpointError(
+            "the checkpoint's random state is damaged: one mapping of generators to bytes is expected for each rank"
+        )
 
 
 def mismatch(state: State, device: torch.device) -> str | None:

@@ -69,7 +69,7 @@ class BertConfig:
         if self.hidden_size % self.num_attention_heads:
             expected = f"a divisor of hidden_size={self.hidden_size}"
             _refuse("num_attention_heads", self.num_attention_heads, expected, "change one of the two")
-        if self.hidden_act not in ACTIVATIONS:
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
             _refuse("hidden_act", self.hidden_act, f"one of {sorted(ACTIVATIONS)}", "BERT as published uses 'gelu'")
         pad = self.pad_token_id
         if pad is not None and (type(pad) is not int or not 0 <= pad < self.vocab_size):
@@ -98,6 +98,10 @@ class BertConfig:
         Keys that do not change the maths (``use_cache``, ``architectures``, ...) are ignored; those that ask for maths
         this module does not have, and values out of range, raise a ValueError.
         """
+        if not isinstance(content, Mapping):
+            raise ValueError(
+                f"BertConfig: the content of a config.json is expected, a mapping of its keys, got {type(content).__name__}."
+            )
         for key, value in _ONLY_VALUE.items():
             if content.get(key) is not None and content[key] != value:
                 _refuse(key, content[key], f"{value!r} or no such key", "this module computes nothing else")

@@ -72,7 +72,7 @@ class GPT2Config:
                 _refuse(name, value, "True or False", "pass False for GPT-2 as published")
         if self.n_embd % self.n_head:
             _refuse("n_head", self.n_head, f"a divisor of n_embd={self.n_embd}", "change one of the two")
-        if self.activation_function not in ACTIVATIONS:
+        if not isinstance(self.activation_function, str) or self.activation_function not in ACTIVATIONS:
             expected = f"one of {sorted(ACTIVATIONS)}"
             _refuse("activation_function", self.activation_function, expected, "GPT-2 as published uses 'gelu_new'")
 
@@ -108,6 +108,10 @@ class GPT2Config:
         Keys that do not change the maths (``use_cache``, ``bos_token_id``, ...) are ignored; those that ask for maths this
         module does not have, and values out of range, raise a ValueError.
         """
+        if not isinstance(content, Mapping):
+            raise ValueError(
+                f"GPT2Config: the content of a config.json is expected, a mapping of its keys, got {type(content).__name__}."
+            )
         for key, value in _ONLY_VALUE.items():
             if content.get(key) is not None and content[key] != value:
                 _refuse(key, content[key], f"{value!r} or no such key", "this module computes nothing else")

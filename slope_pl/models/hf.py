@@ -262,15 +262,25 @@ def _files_in(folder: Path) -> PretrainedFiles:
     if missing or weights is None:
         content = f"It holds: {', '.join(names) or 'nothing'}." if folder.is_dir() else "It is not a folder."
         raise PretrainedFilesError(f"{folder} lacks {' and '.join(missing)}. {content}")
-    shards = (weights,)
+    shards: tuple[str, ...] = (weights,)
     if weights.endswith(".index.json"):
-        index = json.loads((folder / weights).read_text(encoding="utf-8"))
-        shards = tuple(sorted(set(index["weight_map"].values())))
+        shards = _shards_of(folder / weights)
         # An index comes from outside: it may name neither other folders nor another format than its own.
         lost = [shard for shard in shards if shard not in names or not shard.endswith(weights.split(".")[1])]
         if lost:
             raise PretrainedFilesError(f"{folder} lacks the shards {', '.join(lost)}, which its {weights} lists.")
     return PretrainedFiles(folder, folder / "config.json", tuple(folder / shard for shard in shards))
+
+
+def _shards_of(index: Path) -> tuple[str, ...]:
+    """The files that an index of several lists."""
+    try:
+        return tuple(sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PretrainedFilesError(
+            f"{index} is damaged, expected an object with a weight_map of tensors and files "
+            f"({type(error).__name__}: {error}). Download it again."
+        ) from error
 
 
 def _download(repo: str, patterns: list[str], cache_dir: str | Path | None) -> Path:
@@ -300,7 +310,7 @@ def read_tensors(files: PretrainedFiles) -> dict[str, Tensor]:
                 tensors |= load_file(path)
             else:
                 tensors |= torch.load(path, map_location="cpu", weights_only=True)
-        except (SafetensorError, pickle.UnpicklingError) as error:
+        except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:  # torch's, of a broken zip
             raise PretrainedFilesError(
                 f"{path} is damaged or holds no weights ({error}). Download it again; in a git clone, run git lfs pull."
             ) from error

@@ -57,6 +57,8 @@ def activation_norms(
         ConversionError: if the model is sparse already, there is no batch, or a layer saw no input or one that is not
             finite.
     """
+    if not isinstance(batches, Iterable):
+        raise ConversionError(f"batches: an iterable of the model's inputs is expected, got a {type(batches).__name__}")
     choices = choose_layers(model, config)
     layers = {c.name: c.module for c in choices if c.reason is None}
     for name, layer in layers.items():

@@ -19,7 +19,7 @@ from torch import nn
 
 from slope_pl.config import SLoPeConfig
 from slope_pl.errors import ConversionError
-from slope_pl.nn.eligibility import why_ineligible
+from slope_pl.nn.eligibility import check_model, is_conv1d, why_ineligible
 from slope_pl.nn.sharding import whole_in_place
 from slope_pl.nn.sparse_linear import SparseLinear
 
@@ -61,8 +61,7 @@ def is_linear(module: nn.Module) -> bool:
     Subclasses of ``nn.Linear`` do not count (a parametrised layer is one): their forward, or their parent's, may use the
     weight in its own way.
     """
-    kind = type(module)
-    return kind is nn.Linear or (kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."))
+    return type(module) is nn.Linear or is_conv1d(module)
 
 
 def choose_layers(model: nn.Module, config: SLoPeConfig) -> list[Choice]:
@@ -71,6 +70,7 @@ def choose_layers(model: nn.Module, config: SLoPeConfig) -> list[Choice]:
     Raises:
         ConversionError: if a pattern matches no linear layer, or an explicit request names one that cannot be sparse.
     """
+    check_model(model)
     candidates = [
         (name, module)
         for name, module in model.named_modules()

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from slope_pl import ops
-from slope_pl.config import SLoPeConfig
-from slope_pl.errors import CheckpointError, ConversionError
-from slope_pl.nn.eligibility import why_ineligible
+from slope_pl.config import SLoPeConfig, as_config
+from slope_pl.errors import ConversionError, InputError
+from slope_pl.nn.eligibility import check_linear, check_new_layer, check_rank, why_ineligible
 from slope_pl.nn.hooks import carry_hooks
 from slope_pl.nn.sharding import gathered, is_sharded, shard_like
+from slope_pl.nn.state import check_state
 from slope_pl.sparsity import (
     backward_mask,
-    check_indices,
     choose_backward_indices,
     compress,
     decompress,
@@ -67,8 +67,9 @@ class SparseLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_new_layer(in_features, out_features, dtype, seed)
         dense = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        self._adopt(dense.weight, dense.bias, config or SLoPeConfig(), seed)
+        self._adopt(dense.weight, dense.bias, as_config(config) or SLoPeConfig(), seed)
 
     @classmethod
     def from_linear(
@@ -86,11 +87,12 @@ class SparseLinear(nn.Module):
         Raises:
             ConversionError: if shape, dtype or device cannot be 2:4 sparse.
         """
+        check_linear(linear)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         weight, bias = linear.get_parameter("weight"), cast("nn.Parameter | None", linear.bias)
         oriented = weight if isinstance(linear, nn.Linear) else weight.t()
-        layer._adopt(oriented, bias, config or SLoPeConfig(), seed, scale)
+        layer._adopt(oriented, bias, as_config(config) or SLoPeConfig(), seed, scale)
         layer._made_from = type(linear)
         layer.training = linear.training
         carry_hooks(linear, layer)
@@ -139,6 +141,7 @@ class SparseLinear(nn.Module):
         self.register_buffer("backward_indices", choose_backward_indices(values, indices))
         self.bias = bias
         self.adapter_rank = config.rank_for(self.out_features, self.in_features)
+        check_rank(self.adapter_rank, self.out_features, self.in_features)
         self._make_adapters(seed)
         self.register_buffer("adapter_active", torch.zeros((), dtype=torch.uint8, device=values.device))
         self._awake = False
@@ -176,18 +179,31 @@ class SparseLinear(nn.Module):
 
     def _ready(self, x: Tensor) -> tuple[Tensor, ops.Weight, str]:
         """The input in the dtype of the product, what it is multiplied by, and the backend that does it."""
+        if not isinstance(x, Tensor):
+            raise InputError(
+                f"SparseLinear: input is a {type(x).__name__}, a tensor (..., {self.in_features}) is expected"
+            )
         weight = self._weight()
-        device_type, dtype = x.device.type, x.dtype
+        device, dtype = x.device, x.dtype
+        device_type = device.type
+        if device != weight.values.device:
+            raise InputError(
+                f"SparseLinear: input is on {str(device)!r}, weights are on {str(weight.values.device)!r}; move one of them"
+            )
+        if device_type == "meta" and not ops.is_watched():  # by a FLOP counter, say
+            raise InputError(
+                "SparseLinear: input and weights are on 'meta', which has no values to multiply; use 'cpu'"
+            )
         castable = device_type != "meta" and x.is_floating_point() and dtype is not torch.float64
         if castable and torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
             x = x.to(dtype)
         elif dtype is not weight.values.dtype:
-            raise RuntimeError(
+            raise InputError(
                 f"SparseLinear: input is {dtype}, weights are {weight.values.dtype}; cast one of them or use autocast"
             )
         if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise RuntimeError(
+            raise InputError(
                 f"SparseLinear: input of shape {tuple(x.shape)} does not end in in_features = {self.in_features}"
             )
         backend = ops.resolve_backend(self.config.backend, device_type, dtype, self.out_features, self.in_features)
@@ -366,18 +382,7 @@ class SparseLinear(nn.Module):
     # ------------------------------------------------------------------------------------------------ state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if prefix + "weight" in state_dict and prefix + "values" not in state_dict:
-            raise CheckpointError(
-                f"the checkpoint holds a dense {prefix + 'weight'!r}, but that layer is 2:4 sparse here: load dense "
-                "weights before the model is made sparse, or train the dense configuration"
-            )
-        for name in ("indices", "backward_indices"):
-            saved, own = state_dict.get(prefix + name), getattr(self, name)
-            if saved is not None and saved.shape == own.shape and saved.device.type != "meta":
-                try:
-                    check_indices(saved, prefix + name)
-                except ValueError as error:
-                    raise CheckpointError(str(error)) from error
+        check_state(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._settle()
         self._operands.distrust()  # inference tensors have no version counter that would tell

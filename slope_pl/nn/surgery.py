@@ -11,8 +11,9 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from slope_pl.config import SLoPeConfig
+from slope_pl.config import SLoPeConfig, as_config
 from slope_pl.errors import ConversionError
+from slope_pl.nn.eligibility import check_model
 from slope_pl.nn.selection import all_names, choose_layers
 from slope_pl.nn.sharding import whole_in_place
 from slope_pl.nn.sparse_linear import SparseLinear
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     """The sparse layers of a model by qualified name; a shared one once, under its first name."""
+    check_model(model)
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
 
 
@@ -53,7 +55,7 @@ def sparsify(
         ConversionError: if no layer matches, a pattern matches nothing, an explicit request cannot be met, the model is
             wrapped or sharded already, it is sparse already by another configuration, or norms are missing or unwanted.
     """
-    config = config or SLoPeConfig()
+    config = as_config(config) or SLoPeConfig()
     existing = sparse_layers(model)
     for name, layer in existing.items():
         if layer.config != config:
@@ -64,6 +66,7 @@ def sparsify(
     if existing:
         return existing
     refuse_wrapped(model)
+    _refuse_other_methods(model)
     choices = choose_layers(model, config)
     if not choices:
         raise ConversionError(f"{type(model).__name__} has no linear layer to make sparse")
@@ -105,6 +108,13 @@ def _check_norms(norms: Mapping[str, Tensor] | None, config: SLoPeConfig, chosen
             "norms are given, but mask_calibration_batches=0 says that masks are chosen by magnitude alone: set it to the "
             "number of batches that the norms were measured on, so that checkpoints say so too"
         )
+    if not isinstance(norms, Mapping):
+        raise ConversionError(f"norms: a mapping of layer names to tensors is expected, got a {type(norms).__name__}")
+    for name, scale in norms.items():
+        if not isinstance(scale, Tensor):
+            raise ConversionError(
+                f"norms[{name!r}]: a floating tensor (d_in,) is expected, got a {type(scale).__name__}"
+            )
     for what, names in (("lack", set(chosen) - set(norms)), ("hold", set(norms) - set(chosen))):
         if names:
             raise ConversionError(
@@ -148,6 +158,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Names are those of the dense model (``layer.weight``), tensors are detached; awake adapters are added in.
     """
+    check_model(model)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     for prefix, layer in all_names(model):
         if isinstance(layer, SparseLinear):
@@ -185,6 +196,7 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 
 def refuse_wrapped(model: nn.Module) -> None:
     """Raise a ConversionError if a model is wrapped or sharded for distribution."""
+    check_model(model)
     for name, module in model.named_modules():
         if isinstance(module, DistributedDataParallel | FullyShardedDataParallel | FSDPModule):
             raise ConversionError(
@@ -193,6 +205,16 @@ def refuse_wrapped(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise ConversionError(f"parameter {name!r} is sharded already (DTensor): change layers before fully_shard")
+
+
+def _refuse_other_methods(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        method = getattr(module, "masked_by", None)
+        if method is not None:
+            raise ConversionError(
+                f"layer {name!r} is a {type(module).__name__}, masked by {method}: use one method a model, or "
+                "unmask_layers(model) first"
+            )
 
 
 def _differences(old: SLoPeConfig, new: SLoPeConfig) -> str:

@@ -23,7 +23,7 @@ from slope_pl.ops.backends import (
     why_not,
 )
 from slope_pl.ops.freshness import invalidate_operands
-from slope_pl.ops.library import choose_columns, sparse_linear
+from slope_pl.ops.library import choose_columns, is_watched, sparse_linear
 from slope_pl.ops.mlp import Weight, sparse_mlp
 from slope_pl.ops.operands import Operands, operands_of
 
@@ -40,6 +40,7 @@ __all__ = [
     "fuses_gelu",
     "get_backend",
     "invalidate_operands",
+    "is_watched",
     "operands_of",
     "reasons_against",
     "register_backend",

@@ -88,7 +88,8 @@ def get_backend(name: str) -> Backend:
     """
     backend = _REGISTRY.get(name)
     if backend is None:
-        raise BackendUnavailableError(f"no backend {name!r} is registered; there are {', '.join(_REGISTRY)}")
+        hint = "; resolve_backend() says which one it is at a place" if name == "auto" else ""
+        raise BackendUnavailableError(f"no backend {name!r} is registered; there are {', '.join(_REGISTRY)}{hint}")
     return backend
 
 

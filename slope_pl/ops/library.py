@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slope_pl.errors import InputError
 from slope_pl.ops.backends import get_backend
 from slope_pl.ops.operands import Operands, Pair, operands_of
 
@@ -187,7 +188,12 @@ def sparse_linear(
 
     Returns:
         ``(..., d_out)`` of the dtype of ``x``.
+
+    Raises:
+        InputError: without ``operands``, if shapes or dtypes do not belong together.
     """
+    if operands is None:  # a layer has checked its input and is right by construction
+        _check_arguments(x, values, indices, backward_indices, bias)
     grad = torch.is_grad_enabled()
     needs_dx = grad and x.requires_grad
     if torch.compiler.is_compiling() or operands is None or is_watched():
@@ -196,6 +202,31 @@ def sparse_linear(
         return _apply(x, values, indices, backward_indices, bias, operands, needs_dx, backend)
     pair = operands.current(values, indices, backward_indices, bias, x.dtype, backend, False)
     return _multiply(x, pair, indices, bias, backend)
+
+
+def _check_arguments(x: Tensor, values: Tensor, indices: Tensor, backward_indices: Tensor, bias: Tensor | None) -> None:
+    if indices.dtype is not torch.uint8 or indices.dim() != 2:
+        raise InputError(
+            f"indices: {indices.dtype} of shape {tuple(indices.shape)}, expected torch.uint8 (d_out, d_in / 8)"
+        )
+    d_out, d_in = indices.shape[0], indices.shape[1] * 8
+    for name, tensor, shape in (
+        ("values", values, (d_out, d_in // 2)),
+        ("backward_indices", backward_indices, (d_in, d_out // 8)),
+        ("bias", bias, (d_out,)),
+    ):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise InputError(
+                f"{name} of shape {tuple(tensor.shape)}: indices {tuple(indices.shape)} of a {d_out}x{d_in} weight ask for "
+                f"{shape}"
+            )
+    if backward_indices.dtype is not torch.uint8:
+        raise InputError(f"backward_indices: {backward_indices.dtype}, expected torch.uint8")
+    if x.dim() == 0 or x.shape[-1] != d_in:
+        raise InputError(f"x of shape {tuple(x.shape)} does not end in d_in = {d_in}, the columns of W")
+    for name, tensor in (("x", x), ("values", values)):
+        if not tensor.is_floating_point():
+            raise InputError(f"{name}: {tensor.dtype}, expected a floating-point dtype")
 
 
 def is_watched() -> bool:

@@ -233,7 +233,6 @@ class Operands:
     ) -> Pair:
         """Make the operands, current or not; arguments as in :meth:`current`."""
         if self.transient:
-            self._pairs.clear()
             fresh = Pair(dtype, backend)
             with torch.inference_mode(False), torch.no_grad():
                 everything = Change(pattern=True, columns=True, needs_backward=needs_backward)

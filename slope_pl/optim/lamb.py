@@ -77,14 +77,25 @@ class Lamb(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in the base class, after a look at its values."""
         values = {**self.defaults, **param_group}
+        betas, dtype = values["betas"], values["state_dtype"]
         for name, good, expected in (
-            ("lr", values["lr"] >= 0, "0 or more"),
-            ("betas", len(values["betas"]) == 2 and all(0 <= b < 1 for b in values["betas"]), "two numbers in [0, 1)"),
-            ("eps", values["eps"] > 0, "a number above 0"),
-            ("weight_decay", values["weight_decay"] >= 0, "0 or more"),
+            ("lr", _is_number(values["lr"]) and values["lr"] >= 0, "0 or more"),
+            (
+                "betas",
+                isinstance(betas, tuple | list)
+                and len(betas) == 2
+                and all(_is_number(b) and 0 <= b < 1 for b in betas),
+                "two numbers in [0, 1)",
+            ),
+            ("eps", _is_number(values["eps"]) and values["eps"] > 0, "a number above 0"),
+            (
+                "weight_decay",
+                _is_number(values["weight_decay"]) and values["weight_decay"] >= 0,
+                "0 or more",
+            ),
             (
                 "state_dtype",
-                values["state_dtype"] is None or values["state_dtype"].is_floating_point,
+                dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point),
                 "a floating-point dtype, or None",
             ),
         ):
@@ -171,6 +182,10 @@ class Lamb(Optimizer):
                 saved = state_dict["state"].get(i, {}).get(name)
                 if saved is not None and saved.dtype != self.state[parameter][name].dtype:
                     self.state[parameter][name] = saved.to(parameter.device, copy=True)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check(parameter: Tensor) -> None:

@@ -73,6 +73,8 @@ def random_mask(shape: tuple[int, int] | torch.Size, seed: int, device: torch.de
     Returns:
         bool ``(d_out, d_in)``, exactly two ``True`` in each group of four.
     """
+    if len(shape) != 2:
+        raise ValueError(f"random_mask: shape {tuple(shape)}, expected (d_out, d_in)")
     rows, columns = shape
     if columns % 4:
         raise ValueError(f"random_mask: d_in = {columns} is not a multiple of 4; 2:4 sparsity needs groups of four")
@@ -145,6 +147,10 @@ def make_mask(kind: str, weight: Tensor, seed: int = 0, scale: Tensor | None = N
         ValueError: for an unknown kind, a shape that does not divide into groups, a scale that has another shape, is not
             finite, negative or zero everywhere, or one beside ``"random"``, which looks at no weight.
     """
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"weight: {weight.dtype} of shape {tuple(weight.shape)}, expected a floating matrix (d_out, d_in)"
+        )
     if kind == "magnitude":
         return magnitude_mask(weight, scale)
     if kind == "random":

@@ -30,6 +30,8 @@ def pack_indices(mask: Tensor) -> Tensor:
     Raises:
         ValueError: if ``columns`` is not a multiple of 8, or a group does not hold exactly two.
     """
+    if mask.dtype is not torch.bool:
+        raise ValueError(f"mask: dtype {mask.dtype}, expected torch.bool, True for kept entries")
     check_groups_of_four(mask, "mask")
     if mask.dim() != 2:
         raise ValueError(f"mask: shape {tuple(mask.shape)}, a matrix (rows, columns) is expected")
@@ -161,6 +163,10 @@ def _tables(device: torch.device) -> _Tables:
 
 
 def _check_pair(shape: torch.Size, indices: Tensor, values_per_two: int, name: str) -> None:
+    if indices.dtype is not torch.uint8 or indices.dim() != 2:
+        raise ValueError(
+            f"indices: {indices.dtype} of shape {tuple(indices.shape)}, expected torch.uint8 (rows, columns / 8)"
+        )
     rows, columns = indices.shape[0], indices.shape[1] * 8 // values_per_two
     if tuple(shape) != (rows, columns):
         raise ValueError(

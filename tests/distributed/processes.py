@@ -1,4 +1,4 @@
-"""Starting two processes of a worker module, and what both report."""
+"""Starting processes of a worker module, and what each reports."""
 
 import os
 import socket
@@ -10,24 +10,30 @@ import torch
 
 
 def report_of_two(module: str, folder: Path, timeout_s: int) -> list[dict]:
-    """Run ``python -m module folder`` with LOCAL_RANK 0 and 1; what each left in ``folder/rank{rank}.pt``."""
+    """As :func:`report_of`, two processes."""
+    return report_of(2, module, folder, timeout_s)
+
+
+def report_of(processes: int, module: str, folder: Path, timeout_s: int, *arguments: str) -> list[dict]:
+    """Run ``python -m module folder arguments`` with LOCAL_RANK from 0 up; what each left in ``folder/rank{rank}.pt``."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    logs = [folder / f"rank{rank}.log" for rank in (0, 1)]
-    processes = []
-    for rank in (0, 1):
+    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    common |= {"WORLD_SIZE": str(processes)}
+    logs = [folder / f"rank{rank}.log" for rank in range(processes)]
+    running = []
+    for rank in range(processes):
         with logs[rank].open("w") as log:
-            command = [sys.executable, "-m", module, str(folder)]
+            command = [sys.executable, "-m", module, str(folder), *arguments]
             environment = common | {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}
             root = Path(__file__).parents[2]
-            processes.append(subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT))
+            running.append(subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:
-        codes = [process.wait(timeout_s) for process in processes]
+        codes = [process.wait(timeout_s) for process in running]
     finally:
-        for process in processes:
+        for process in running:
             process.kill()
             process.wait()
-    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
+    assert codes == [0] * processes, "\n".join(log.read_text()[-3000:] for log in logs)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]

@@ -1,4 +1,4 @@
-"""One of two gloo processes: FSDP2 and ZeRO on the CPU; like ``tests.distributed.worker``, which has the plain strategies."""
+"""One of several gloo processes: FSDP2 and ZeRO; like ``tests.distributed.worker``, which has the plain strategies."""
 
 import argparse
 import os
@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 from slope_pl import (
     SLoPeCallback,
+    SLoPeConfig,
     SLoPeDDPStrategy,
     SLoPeDeepSpeedStrategy,
     SLoPeLightningModule,
@@ -26,13 +27,14 @@ from slope_pl.nn import gathered
 from tests.lightning.toy import CONFIG, Net, Toy, make_trainer
 
 RESUME_AT = (5, 11, 12, 13)
+PROCESSES = int(os.environ.get("WORLD_SIZE", "2"))  # Lightning removes it after a fit
 
 
 class Sparse(SLoPeLightningModule, Toy):
     """Adapters in a group of their own, as ZeRO needs it."""
 
-    def __init__(self, net=None):
-        super().__init__(Net() if net is None else net, slope=CONFIG)
+    def __init__(self, net=None, config=CONFIG):
+        super().__init__(Net() if net is None else net, slope=config)
 
     def configure_optimizers(self):
         return grouped(self)
@@ -49,6 +51,17 @@ class Late(Sparse):
         if self.net is None:
             self.net = Net()
         super().configure_model()
+
+
+class Double(Sparse):
+    """In float64, whatever the strategy says about precision; rounding then is all that an order of sums can change."""
+
+    def __init__(self, batch_size=8):
+        super().__init__(Net().double())
+        self.batch_size = batch_size
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step({**batch, "x": batch["x"].double()}, batch_idx)
 
 
 class OwnSharding(Toy):
@@ -132,7 +145,7 @@ def train(folder, strategy, module=None, *callbacks, ckpt_path=None, save=False,
         *callbacks,
         downs := Downs(),
         *([saver] if save else []),
-        devices=2,
+        devices=PROCESSES,
         strategy=strategy,
         enable_checkpointing=save,
         **settings,
@@ -178,7 +191,24 @@ def other_masks(folder):
     return refused(lambda: train(folder, SLoPeModelParallelStrategy(), Sparse(Net(seed=rank))))
 
 
+# What two processes, or four, compute is what one computes with as many times the batch.
+WIDE = {
+    "wide_ddp": lambda f: train(f, SLoPeDDPStrategy(), Double()),
+    "wide_fsdp2": lambda f: train(f, SLoPeModelParallelStrategy(), Double()),
+    **{f"wide_zero{stage}": lambda f, stage=stage: train(f, CPUZero(stage=stage)) for stage in (1, 2, 3)},
+}
+LONG = SLoPeConfig(backward_refresh_steps=75, adapter_rank=4, adapter_start_step=200)
+
+
+def long(folder, strategy, **settings):
+    """300 steps: re-setups at 75, 150 and 225, the wake at 200."""
+    return train(folder, strategy, Sparse(config=LONG), max_steps=300, **settings)
+
+
 SCENARIOS = {
+    **WIDE,
+    "steps_300_ddp": lambda f: long(f, SLoPeDDPStrategy()),
+    "steps_300_fsdp2": lambda f: long(f, SLoPeModelParallelStrategy()),
     "ddp": lambda f: train(f, SLoPeDDPStrategy()),
     "fsdp2": lambda f: resumes(f, SLoPeModelParallelStrategy),
     "fsdp2_full": lambda f: resumes(f, lambda: SLoPeModelParallelStrategy(save_distributed_checkpoint=False)),
@@ -196,10 +226,11 @@ SCENARIOS = {
 }
 
 
-def main(folder):
+def main(folder, names):
     warnings.simplefilter("ignore")
     rank, reports = int(os.environ["LOCAL_RANK"]), {}
-    for name, scenario in SCENARIOS.items():
+    for name in names or SCENARIOS:
+        scenario = SCENARIOS[name]
         (folder / name).mkdir(exist_ok=True)
         try:
             reports[name] = scenario(folder / name)
@@ -209,4 +240,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

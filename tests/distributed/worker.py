@@ -100,6 +100,8 @@ OPTIONS = {
     "slope_ddp": lambda f: long(f, strategy="slope_ddp"),
     "static_graph": lambda f: long(f, strategy=DDPStrategy(static_graph=True)),
     "bucket_view": lambda f: long(f, strategy=DDPStrategy(gradient_as_bucket_view=True)),
+    # Then DDP does not align masks at its start either: both ranks have to convert the same weights.
+    "masks_not_sent": lambda f: long(f, module=Toy(Net(0)), strategy=DDPStrategy(broadcast_buffers=False)),
     "find_unused": lambda f: long(f, strategy=DDPStrategy(find_unused_parameters=True)),
     "small_buckets": lambda f: long(f, strategy=DDPStrategy(bucket_cap_mb=0.001)),
     "manual": lambda f: long(f, module=Manual(Net(seed=RANK))),

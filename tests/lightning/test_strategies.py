@@ -153,7 +153,7 @@ def test_strategies_that_are_not_known_to_be_right_are_refused_by_name():
         check_strategy(FSDPStrategy.__new__(FSDPStrategy))
     with pytest.raises(ScheduleError, match="tensor_parallel_size=2"):
         check_strategy(SLoPeModelParallelStrategy(tensor_parallel_size=2))
-    check_strategy(SLoPeDeepSpeedStrategy.__new__(SLoPeDeepSpeedStrategy))
+    check_strategy(SLoPeDeepSpeedStrategy(stage=2))
 
 
 def test_refusal_comes_from_fit(tmp_path):

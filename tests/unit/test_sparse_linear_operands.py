@@ -437,3 +437,25 @@ def test_waking_is_seen_by_a_compiled_layer():
     with torch.no_grad():
         layer.adapter_up.copy_(gaussian(D_OUT, RANK))
     torch.testing.assert_close(compiled(input_of(layer)), layer(input_of(layer)))
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_layer_that_becomes_sharded_gives_its_operands_back_at_once(changed, made):
+    """Not only at its next forward: kept ones are the whole weight again, and of it as it was."""
+    layer = make()
+    run(layer)
+    assert layer.operand_bytes() > 0
+    operands = layer._operands
+    assert operands.become_transient(True)
+    assert layer.operand_bytes() == 0
+    made.clear()
+    for _ in range(2):
+        if changed:
+            with torch.no_grad():
+                layer.values.mul_(2)
+        assert_current(layer)
+    assert layer.operand_bytes() == 0
+    assert len(made) >= 2, "made for each forward"
+    assert not operands.become_transient(False)
+    assert_current(layer)
+    assert layer.operand_bytes() > 0
