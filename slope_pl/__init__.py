@@ -13,6 +13,7 @@ from slope_pl.errors import (
     CheckpointError,
     ConfigError,
     ConversionError,
+    NonFiniteError,
     ScheduleError,
     SLoPeError,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "ConversionError",
     "Distillation",
     "FadeCallback",
+    "NonFiniteError",
     "SLoPeCallback",
     "SLoPeConfig",
     "SLoPeDDPStrategy",
