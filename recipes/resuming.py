@@ -33,7 +33,7 @@ RESUMED_CONFIG = "config_resumed.yaml"
 _SETTINGS = ("model", "data", "seed_everything")
 _LOGGERS = ("TensorBoardLogger", "CSVLogger")
 _MOST_NAMED = 3
-_SECONDS_FOR_ALL_RANKS = 1800
+_TO_MEET, _TO_READ = timedelta(minutes=5), timedelta(minutes=30)  # all of a large checkpoint is read
 _stores: list[TCPStore] = []  # rank 0's has to live until the last rank has asked
 
 
@@ -153,13 +153,19 @@ def decided_by_rank_zero(decide: Callable[[], Choice], num_nodes: int) -> Choice
     launcher gives them. Ranks that Lightning starts itself are no concern: they get the command line of the process that
     starts them, in which the choice is made.
     """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True) and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]):
+        raise ConfigError(
+            "torchrun --max-restarts, all starts with one store: a restarted process finds the addresses of dead ones in it, "
+            "and waits for them (torch 2.13). Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and use torchrun --standalone, or "
+            "--rdzv-backend c10d on several machines; or leave --max-restarts out"
+        )
     rank, address, port = _place(num_nodes)
     if rank is None:
         return decide()
     # The same server that torch.distributed will ask for at this port, or the launcher's own.
     ours = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
-    limit = timedelta(seconds=_SECONDS_FOR_ALL_RANKS)  # the whole of a large checkpoint is read
-    store = TCPStore(address, port, None, ours, limit, wait_for_workers=False, multi_tenant=True)
+    store = TCPStore(address, port, None, ours, _TO_MEET, wait_for_workers=False, multi_tenant=True)
+    store.set_timeout(_TO_READ)
     _stores.append(store)
     key = f"slope_pl/resume/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     if rank == 0:
