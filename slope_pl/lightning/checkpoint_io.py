@@ -43,28 +43,18 @@ class LocalCheckpointIO(TorchCheckpointIO):
             return
         final = Path(path)
         final.parent.mkdir(parents=True, exist_ok=True)
-        host = socket.gethostname()
-        _remove_leftovers(final.parent, host)
-        unfinished = final.with_name(f".{final.name}.{host}.{os.getpid()}.unfinished")
         try:
-            with unfinished.open("wb") as stream:
-                torch.save(dict(checkpoint), stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            unfinished.replace(final)
+            _save_whole(checkpoint, final)
         except (OSError, RuntimeError) as error:
             reason = _os_error(error)
             if reason is None:
                 raise
-            unfinished.unlink(missing_ok=True)  # now, so that what it took counts as free
             raise OSError(
                 reason.errno,
                 f"{final} could not be written: {reason.strerror or reason}. It takes about {_bytes_of(checkpoint):,} bytes, "
                 f"{shutil.disk_usage(final.parent).free:,} are free there. Checkpoints that were there are whole: make "
                 "room, or write elsewhere, and go on from the newest (fit --resume auto, or last_good_checkpoint)",
             ) from error
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read a checkpoint; arguments are those of Lightning's ``TorchCheckpointIO``.
@@ -78,6 +68,20 @@ class LocalCheckpointIO(TorchCheckpointIO):
                 "newest that is whole"
             )
         return super().load_checkpoint(path, *args, **kwargs)
+
+
+def _save_whole(checkpoint: Mapping[str, Any], final: Path) -> None:
+    host = socket.gethostname()
+    _remove_leftovers(final.parent, host)
+    unfinished = final.with_name(f".{final.name}.{host}.{os.getpid()}.unfinished")
+    try:
+        with unfinished.open("wb") as stream:
+            torch.save(dict(checkpoint), stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        unfinished.replace(final)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _os_error(error: BaseException | None) -> OSError | None:

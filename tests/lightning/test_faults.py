@@ -147,3 +147,15 @@ def test_leftovers_of_dead_processes_go_those_of_living_ones_stay(tmp_path, aliv
     file.write_bytes(b"half")
     LocalCheckpointIO().save_checkpoint({}, tmp_path / "y.ckpt")
     assert file.exists() == alive
+
+
+def test_a_folder_of_deepspeed_is_whole_once_it_says_so(tmp_path):
+    parts = tmp_path / "step=3.ckpt" / "checkpoint"
+    parts.mkdir(parents=True)
+    for name in ("mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"):
+        torch.save({"a": torch.ones(3)}, parts / name)
+    assert damage(parts.parent) is not None
+    (parts.parent / "latest").write_text("checkpoint")
+    assert damage(parts.parent) is None
+    (parts / name).write_bytes((parts / name).read_bytes()[:-50])
+    assert name in damage(parts.parent)
