@@ -1,6 +1,7 @@
 """The command line of every recipe: Lightning's, over base configs, with checkpoints that say what they replace."""
 
 import inspect
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +9,14 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from jsonargparse import ArgumentParser
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from recipes import resuming
 from recipes.checkpoints import refuse_foreign
-from slope_pl import CheckpointError
+from recipes.launching import without_resume
+from slope_pl import CheckpointError, ConfigError
+from slope_pl.lightning.resume import damage
 
 Own = dict[str, Callable[[list[str]], None]]
 _ALWAYS = (
@@ -43,6 +48,59 @@ class RecipeCLI(LightningCLI):
         """What a model with these settings is called."""
         return "dense" if settings.get("slope") is None else "2:4 sparse"
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """``fit`` can resume by itself."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--resume",
+                type=str | None,
+                default=None,
+                help="auto: go on from this run's newest whole checkpoint, or begin where there is none; so the same command "
+                "can be started again and again. See recipes/resuming.py for what is the same run.",
+            )
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Choose the checkpoint, and look whether it is whole, before anything is read from it."""
+        super().parse_arguments(parser, args)
+        name = self.config.get("subcommand")
+        section = self.config.get(name or "", {})
+        resume, path = section.get("resume"), section.get("ckpt_path")
+        if resume not in (None, "auto"):
+            raise ConfigError(
+                f"--resume {resume}: auto is all that it takes; name a checkpoint with --ckpt_path {resume}"
+            )
+        if resume and path:
+            raise ConfigError(
+                f"--resume auto and --ckpt_path {path} contradict each other: one looks for a checkpoint, the other names it. "
+                "Leave one of them out"
+            )
+        if resume:
+            self._resume(name, args is None)
+        elif path and Path(path).exists() and (reason := damage(Path(path))) is not None:
+            raise CheckpointError(
+                f"{path} is damaged: {reason}. Name another checkpoint; fit --resume auto finds the newest that is whole"
+            )
+
+    def _resume(self, name: str, from_process: bool) -> None:
+        section = self.config[name]
+        settings = json.loads(self._parser(name).dump(section, skip_none=False, format="json"))
+        choice = resuming.decided_by_rank_zero(
+            lambda: resuming.choose(settings["trainer"], settings), settings["trainer"]["num_nodes"]
+        )
+        _say(choice.lines)
+        section.resume, section.ckpt_path = None, choice.checkpoint
+        chosen = [] if choice.checkpoint is None else ["--ckpt_path", choice.checkpoint]
+        if choice.checkpoint is not None:
+            # config.yaml stays as it is: it says which run this is.
+            self.save_config_kwargs["config_filename"] = resuming.RESUMED_CONFIG
+        if choice.version is not None:
+            section.trainer.logger.init_args.version = choice.version
+            chosen += ["--trainer.logger.init_args.version", choice.version]
+        if from_process:
+            sys.argv[1:] = [*without_resume(sys.argv[1:]), *chosen]  # processes that this one starts begin with these
+
     def before_fit(self) -> None:
         """A run that continues from a checkpoint does not read other weights first."""
         self.model.restores_checkpoint = self.config[self.subcommand].ckpt_path is not None
@@ -68,6 +126,11 @@ class RecipeCLI(LightningCLI):
     def _model_settings(self) -> dict[str, Any]:
         section = self.config.get(self.config.get("subcommand") or "", {})
         return dict(section["model"].as_dict()) if "model" in section else {}
+
+
+@rank_zero_only
+def _say(lines: list[str]) -> None:
+    print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def run_recipe(

@@ -87,14 +87,24 @@ def run(recipe: str, subcommand: str, arguments: Sequence[str], defaults: Mappin
     return subprocess.run(command, cwd=ROOT, env={**defaults, **os.environ}).returncode
 
 
-def results(runs: str | Path, stage: str) -> set[Path]:
-    """The result files of a stage that are there."""
-    return set(Path(runs).glob(f"**/result-{stage}.json"))
+def without_resume(arguments: list[str]) -> list[str]:
+    """A command line of ``fit`` without ``--resume auto``."""
+    kept, after = [], False
+    for argument in arguments:
+        if not after and argument != "--resume" and not argument.startswith("--resume="):
+            kept.append(argument)
+        after = argument == "--resume"
+    return kept
 
 
-def newest(runs: str, stage: str, before: set[Path]) -> Path:
-    """The result file that the command just run has written."""
-    written = results(runs, stage) - before
+def results(runs: str | Path, stage: str) -> dict[Path, int]:
+    """The result files of a stage that are there, and when each was written."""
+    return {path: path.stat().st_mtime_ns for path in Path(runs).glob(f"**/result-{stage}.json")}
+
+
+def newest(runs: str, stage: str, before: Mapping[Path, int]) -> Path:
+    """The result file that the command just run has written; a run that was resumed writes it again."""
+    written = dict(results(runs, stage).items() - before.items())
     if not written:
         raise SystemExit(
             f"The command left no result-{stage}.json under {runs}/. Move the runs with --runs, not with the logger's save_dir."
@@ -119,7 +129,7 @@ def validate(
 ) -> tuple[int, Path | None]:
     """Validate a checkpoint in a process of its own; returns the status and the result file."""
     before = results(runs, "validate")
-    status = run_stage("validate", [*arguments, "--ckpt_path", checkpoint])
+    status = run_stage("validate", [*without_resume(arguments), "--ckpt_path", checkpoint])
     return status, None if status else newest(runs, "validate", before)
 
 
@@ -180,7 +190,7 @@ def train_and_read(
             status = subprocess.run(
                 command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT
             ).returncode
-    written = results(folder, "fit") - before
+    written = dict(results(folder, "fit").items() - before.items())
     if status or not written:
         end = "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
         raise RunError(f"status {status}; the end of {log}:\n{end}")

@@ -70,19 +70,22 @@ class Meter(pl.Callback):
         }
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock and a new file."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: they agree on it by talking
-        if trainer.is_global_zero:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = folder / CURVE
-            self._file.write_text(HEADER, encoding="utf-8")
+        """Start the clock."""
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         self._began = time.perf_counter()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """After the sanity check and the restore of a checkpoint."""
+        """After the sanity check and the restore of a checkpoint: the file goes on from its step, or is a new one."""
         self._step = trainer.global_step
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: they agree on it by talking
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = folder / CURVE
+            self.curve = []
+            kept = _read(self._file, self._step)
+            self._file.write_text(HEADER, encoding="utf-8")
+            self._write(kept)
         self._restart()
 
     def on_train_batch_end(
@@ -115,6 +118,12 @@ class Meter(pl.Callback):
         if loss is not None:
             self._write([(trainer.global_step, self.tokens, None, loss.item())])
         self._restart()
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """A run that goes on from this checkpoint has the curve up to it; all ranks come here."""
+        self._fetch(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fetch the rest."""
@@ -156,3 +165,16 @@ class Meter(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it over."""
         self.tokens = state_dict["tokens"]
+
+
+def _read(file: Path, last_step: int) -> list[tuple[int, int, float | None, float | None]]:
+    """The rows of a curve up to a step; what a run did after the checkpoint that it goes on from, it does again."""
+    if last_step == 0 or not file.is_file():
+        return []
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines()[1:]:
+        values = line.split(",")
+        if len(values) == HEADER.count(",") + 1 and int(values[0]) <= last_step:  # the last line may be cut short
+            train, val = (float(value) if value else None for value in values[2:])
+            rows.append((int(values[0]), int(values[1]), train, val))
+    return rows

@@ -38,6 +38,7 @@ class RunTable(pl.Callback):
 
     def __init__(self) -> None:
         self._began = 0.0
+        self._first_step: int | None = None
 
     def collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seconds: float | None) -> dict[str, Any]:
         """Everything that the table shows, as plain values: what :func:`collect` makes, and more.
@@ -58,7 +59,11 @@ class RunTable(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
-        self._began = time.perf_counter()
+        self._began, self._first_step = time.perf_counter(), None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note where the run goes on; Lightning does not come here where nothing is left to train."""
+        self._first_step = trainer.global_step
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """After training."""
@@ -74,11 +79,17 @@ class RunTable(pl.Callback):
         if not trainer.is_global_zero:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"result-{getattr(trainer.state.fn, 'value', trainer.state.fn)}.json"
+        if seconds is not None and self._first_step in (None, trainer.global_step) and file.is_file():
+            file.touch()
+            print(
+                f"\nThe run was at its end, step {trainer.global_step:,}, already: {file} stays as it is.", flush=True
+            )
+            return
         result = self.collect(trainer, pl_module, seconds)
         result["rows"] |= {"log": str(folder), "checkpoint": result["checkpoint"] or str(trainer.ckpt_path or "none")}
         # Not pl_module.print: the progress bar is closed by now, and its print would drop the text.
         self.above(trainer, pl_module, result, folder)
-        file = folder / f"result-{result['stage']}.json"
         file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         rows = [*result["rows"].items(), ("result", str(file))]
         print("\n" + render(rows, title=self.title(pl_module, result)), flush=True)

@@ -14,6 +14,7 @@ from slope_pl.errors import (
     ConfigError,
     ConversionError,
     InputError,
+    NonFiniteError,
     ScheduleError,
     SLoPeError,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "Distillation",
     "FadeCallback",
     "InputError",
+    "NonFiniteError",
     "SLoPeCallback",
     "SLoPeConfig",
     "SLoPeDDPStrategy",

@@ -27,3 +27,7 @@ class BackendUnavailableError(SLoPeError, RuntimeError):
 
 class ScheduleError(SLoPeError, RuntimeError):
     """The training run does not allow the schedule: unknown length, or weights outside the optimizer."""
+
+
+class NonFiniteError(SLoPeError, ArithmeticError):
+    """A loss or a gradient is nan or infinite: training cannot go on from it."""

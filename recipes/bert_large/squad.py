@@ -6,7 +6,7 @@
     python -m recipes.bert_large.squad validate --config recipes/bert_large/squad.yaml --ckpt_path CHECKPOINT
     python -m recipes.bert_large.squad export --ckpt_path CHECKPOINT --folder FOLDER
 
-Every config is laid over base.yaml; any value can be overridden on the command line.
+Every config is laid over base.yaml, and squad_dense.yaml over squad.yaml; any value can be overridden on the command line.
 """
 
 from pathlib import Path
@@ -52,6 +52,7 @@ def main(arguments: list[str] | None = None) -> RecipeCLI | None:
         description="BERT-Large on SQuAD v1.1, dense or 2:4 sparse. Configs lie over recipes/bert_large/base.yaml.",
         arguments=arguments,
         own={"export": exporter(BertSquad, PROG)},
+        lay=True,
     )
 
 

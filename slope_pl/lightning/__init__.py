@@ -5,7 +5,9 @@ from slope_pl.lightning.checkpoint_io import LocalCheckpointIO
 from slope_pl.lightning.distillation import Distillation, frozen_copy, load_teacher
 from slope_pl.lightning.fade import CheckFadedMasks, FadeCallback, check_faded_masks, faded_masks, sparsify_faded
 from slope_pl.lightning.module import SLoPeLightningModule
+from slope_pl.lightning.nonfinite import NonFiniteLoss
 from slope_pl.lightning.resume import last_good_checkpoint
+from slope_pl.lightning.stopping import StopOnSignal
 from slope_pl.lightning.strategies import (
     SLoPeDDPStrategy,
     SLoPeDeepSpeedStrategy,
@@ -19,6 +21,7 @@ __all__ = [
     "Distillation",
     "FadeCallback",
     "LocalCheckpointIO",
+    "NonFiniteLoss",
     "SLoPeCallback",
     "SLoPeDDPStrategy",
     "SLoPeDeepSpeedStrategy",
@@ -26,6 +29,7 @@ __all__ = [
     "SLoPeModelParallelStrategy",
     "SLoPeSingleDeviceStrategy",
     "SLoPeStrategy",
+    "StopOnSignal",
     "check_faded_masks",
     "faded_masks",
     "frozen_copy",

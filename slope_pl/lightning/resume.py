@@ -10,7 +10,8 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-_SHARDED_MARK = ("meta.pt", ".metadata")
+# What is written last into a folder: Lightning's of FSDP2, DeepSpeed's.
+_SHARDED_MARK, _ZERO_MARK = ("meta.pt", ".metadata"), "latest"
 
 
 def damage(path: Path) -> str | None:
@@ -20,7 +21,8 @@ def damage(path: Path) -> str | None:
         path: a file; or the folder of a sharded checkpoint, whose parts are looked at one by one.
     """
     if path.is_dir():
-        missing = [name for name in _SHARDED_MARK if not (path / name).exists()]
+        zero = (path / _ZERO_MARK).is_file()
+        missing = [] if zero else [name for name in _SHARDED_MARK if not (path / name).exists()]
         if missing:
             return f"it has no {missing[0]}: its save was not finished"
         files = [file for file in sorted(path.rglob("*.pt")) if file.is_file()]

@@ -1,16 +1,21 @@
 """What is left after kills and damage: the newest whole checkpoint, and a run that ends as if nothing had been."""
 
+import errno
 import logging
 import os
+import re
+import resource
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from slope_pl import SLoPeCallback, SLoPeConfig
+from slope_pl import CheckpointError, SLoPeCallback, SLoPeConfig
 from slope_pl.lightning import LocalCheckpointIO, last_good_checkpoint
 from slope_pl.lightning.resume import damage
 from tests.lightning.toy import QUIET, Toy, make_trainer
@@ -61,6 +66,53 @@ def test_the_newest_whole_one_is_taken_and_the_damaged_are_named(tmp_path, caplo
     assert newest.exists(), "nothing is removed"
 
 
+def test_a_damaged_one_that_is_asked_for_is_an_error(tmp_path):
+    trainer = make_trainer(tmp_path, SLoPeCallback(SLoPeConfig()), max_steps=6, plugins=[LocalCheckpointIO()])
+    trainer.fit(Toy())
+    file = tmp_path / "six.ckpt"
+    trainer.save_checkpoint(file)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    again = make_trainer(tmp_path, SLoPeCallback(SLoPeConfig()), max_steps=8, plugins=[LocalCheckpointIO()])
+    with pytest.raises(CheckpointError, match=rf"{file} is damaged: the checksum of .* is wrong. Name another one"):
+        again.fit(Toy(), ckpt_path=file)
+
+
+class Growing(pl.Callback):
+    """Checkpoints of later steps are larger, as they are once adapters have moments."""
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        if trainer.global_step >= 8:
+            checkpoint["ballast"] = torch.zeros(200_000)
+
+
+@pytest.fixture
+def nearly_full():
+    """Files may grow to 400,000 bytes: the system refuses the next one as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_ends_the_run_and_costs_no_file(tmp_path, nearly_full):
+    own = tmp_path / "own"
+    saver = ModelCheckpoint(dirpath=own, filename="{step}", every_n_train_steps=4)
+    settings = {"enable_checkpointing": True, "plugins": [LocalCheckpointIO()]}
+    trainer = make_trainer(tmp_path, SLoPeCallback(SLoPeConfig()), Growing(), saver, **settings)
+    with pytest.raises(OSError, match="could not be written") as stop:
+        trainer.fit(Toy())
+    assert stop.value.errno == errno.EFBIG
+    said = str(stop.value)
+    assert f"{own / 'step=8.ckpt'} could not be written: File too large. It takes about 8" in said
+    assert int(re.search(r"([\d,]+) are free", said)[1].replace(",", "")) > 0
+    assert [path.name for path in own.iterdir()] == ["step=4.ckpt"], "the one before is still there, nothing else is"
+    again = make_trainer(tmp_path, SLoPeCallback(SLoPeConfig()), plugins=[LocalCheckpointIO()])
+    again.fit(module := Toy(), ckpt_path=last_good_checkpoint(own))
+    assert len(module.losses) == 16
+
+
 def test_none_where_there_is_none(tmp_path):
     assert last_good_checkpoint(tmp_path / "not there") is None
     (tmp_path / "x.ckpt").write_text("no checkpoint")
@@ -95,3 +147,15 @@ def test_leftovers_of_dead_processes_go_those_of_living_ones_stay(tmp_path, aliv
     file.write_bytes(b"half")
     LocalCheckpointIO().save_checkpoint({}, tmp_path / "y.ckpt")
     assert file.exists() == alive
+
+
+def test_a_folder_of_deepspeed_is_whole_once_it_says_so(tmp_path):
+    parts = tmp_path / "step=3.ckpt" / "checkpoint"
+    parts.mkdir(parents=True)
+    for name in ("mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"):
+        torch.save({"a": torch.ones(3)}, parts / name)
+    assert damage(parts.parent) is not None
+    (parts.parent / "latest").write_text("checkpoint")
+    assert damage(parts.parent) is None
+    (parts / name).write_bytes((parts / name).read_bytes()[:-50])
+    assert name in damage(parts.parent)

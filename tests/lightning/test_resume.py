@@ -127,6 +127,27 @@ def test_resume_with_more_steps_wakes_at_the_new_mark(tmp_path):
     assert callback.woke_at_step == 16, "awake stays awake"
 
 
+class Drawing(Toy):
+    """Draws random numbers between the restore and the start of fit, and shuffles with torch's generator."""
+
+    def configure_optimizers(self):
+        torch.rand(3)
+        return super().configure_optimizers()
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(Tokens(), batch_size=8, shuffle=True)
+
+
+def test_numbers_drawn_before_fit_starts_do_not_move_the_shuffle(tmp_path):
+    """The next epoch's order comes from the generator as it was in the checkpoint, whatever has drawn since."""
+    whole = Drawing()
+    make_trainer(tmp_path, SLoPeCallback(CONFIG), saver(tmp_path), enable_checkpointing=True).fit(whole)
+    resumed = Drawing(Net(seed=9))
+    torch.manual_seed(5)
+    make_trainer(tmp_path, SLoPeCallback(CONFIG)).fit(resumed, ckpt_path=tmp_path / "step=8.ckpt")
+    assert resumed.losses == whole.losses[8:]
+
+
 # ---------------------------------------------------------------------------------------------------- what does not fit
 
 

@@ -92,7 +92,7 @@ def test_squad_files(unchanged, tmp_path, change, message):
         ("squad", ["--model.weights", "{dense}", "--model.bert", "null"], "a checkpoint of rte; this run's task is SQuAD"),
         ("squad", ["--model.teacher.checkpoint", "{dense}"], "a checkpoint of rte; this run's task is SQuAD"),
         ("glue", ["--model.weights", "{damaged}", "--model.bert", "null"], "is damaged or no checkpoint"),
-        ("glue", ["--ckpt_path", "{damaged}"], "is damaged or no checkpoint"),
+        ("glue", ["--ckpt_path", "{damaged}"], "is damaged: File is not a zip file"),
         ("glue", ["--ckpt_path", "none.ckpt"], "none.ckpt"),
     ],
 )  # fmt: skip

@@ -61,7 +61,7 @@ def test_a_result_of_an_earlier_run_is_not_taken_for_the_new_one(tmp_path):
     old = tmp_path / "result-fit.json"
     old.write_text("{}")
     with pytest.raises(SystemExit, match=r"left no result-fit\.json"):
-        launching.newest(str(tmp_path), "fit", before={old})
+        launching.newest(str(tmp_path), "fit", before=launching.results(tmp_path, "fit"))
 
 
 def test_a_failing_command_ends_the_run_with_its_status(machine, monkeypatch, tmp_path):

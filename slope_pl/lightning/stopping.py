@@ -1,0 +1,153 @@
+"""Stopping when a cluster asks for it: a signal, a checkpoint, a status that says so."""
+
+import logging
+import os
+import signal
+import subprocess
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from slope_pl.errors import ConfigError
+from slope_pl.lightning.agreement import Agreement
+
+log = logging.getLogger(__name__)
+
+
+class StopOnSignal(pl.Callback):
+    """Saves at the end of the optimizer step in which a signal came, and ends the run with status 128 + its number.
+
+    SIGTERM gives 143, SIGUSR1 138: what a batch script or ``torchrun`` needs to know that the run is to be started again. It
+    replaces Lightning's handlers for these signals while training: Lightning ends without a checkpoint and with status 0, and
+    with several ranks its handlers talk to the other ranks, and save, wherever in a step the signal comes. Here a handler
+    only takes note. Ranks agree once an optimizer step, over the CPU and without waiting (the answer is read one step later),
+    so that a signal to one rank stops all of them after the same step. Within a validation nothing is saved: the run stops
+    after the first step that follows it.
+
+    Under SLURM with ``SLURMEnvironment(auto_requeue=True)``, Lightning's default, the requeue signal (SIGUSR1 by default:
+    ``#SBATCH --signal=SIGUSR1@90``) also puts the job back into the queue, as Lightning would; SIGTERM does not.
+
+    The file is ``stopped-step{step}.ckpt`` in the folder of the first ``ModelCheckpoint``, or ``dirpath``; an earlier one there
+    is removed once the new one is whole. The callback moves to the end of the Trainer's, so that the state of the others is
+    that of the finished step. A handler that was there before ``fit`` is called as well.
+
+    Args:
+        signals: names of signals.
+        dirpath: where the checkpoint goes.
+
+    Raises:
+        ConfigError: if a name is not that of a signal that can be handled.
+        SIGTERMException: from ``fit``, once the checkpoint is written. It is a ``SystemExit``.
+    """
+
+    def __init__(self, signals: tuple[str, ...] = ("SIGTERM", "SIGUSR1"), dirpath: str | None = None) -> None:
+        for name in signals:
+            if name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP", "SIGINT"):
+                raise ConfigError(
+                    f"signals={tuple(signals)!r}: {name!r} is none that can be handled here; expected names such as "
+                    "'SIGTERM', 'SIGUSR1', 'SIGUSR2' (Lightning has its own way with Ctrl+C)"
+                )
+        self.signals = tuple(signals)
+        self.dirpath = dirpath
+        self._received = self._step = 0
+        self._users: dict[int, Any] = {}
+        self._agreement = Agreement()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Move to the end (a new list: the old one is being walked through), and see who handles the signals so far."""
+        if stage == "fit":
+            found = {number: signal.getsignal(number) for number in self._numbers(trainer)}
+            self._users = {number: handler for number, handler in found.items() if callable(handler)}
+            others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+            trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lightning has just set its handlers; it sets everything back at the end of the fit."""
+        self._received, self._step = 0, trainer.global_step
+        self._agreement.begin()
+        if threading.current_thread() is not threading.main_thread():
+            log.warning("StopOnSignal has no effect: only the main thread of a process can handle signals")
+            return
+        for number in self._numbers(trainer):
+            signal.signal(number, self._take_note)
+
+    def _numbers(self, trainer: pl.Trainer) -> list[int]:
+        named = [int(signal.Signals[name]) for name in self.signals]
+        requeue = _requeue_signal(trainer)
+        return named if requeue is None or requeue in named else [*named, requeue]
+
+    def _take_note(self, number: int, frame: FrameType | None) -> None:
+        self._received = max(self._received, number)
+        if number in self._users:
+            self._users[number](number, frame)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After an optimizer step, and not between the micro-batches of one."""
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        number = self._agreement.exchange(self._received)
+        if number:
+            self._stop(trainer, number)
+
+    def _stop(self, trainer: pl.Trainer, number: int) -> None:
+        name = signal.Signals(number).name
+        folder = self._folder(trainer)
+        file = folder / f"stopped-step{trainer.global_step}.ckpt"
+        trainer.save_checkpoint(file)
+        again = ""
+        if trainer.is_global_zero:
+            for older in sorted(folder.glob("stopped-step*.ckpt")):
+                if older != file:
+                    trainer.strategy.remove_checkpoint(older)
+            if number == _requeue_signal(trainer):
+                again = f" {_requeue()}."
+            print(
+                f"{name}: stopped after step {trainer.global_step:,}. The run goes on from {file} (fit --resume auto, or "
+                f"ckpt_path).{again}",
+                flush=True,
+            )
+        raise SIGTERMException(128 + number)
+
+    def _folder(self, trainer: pl.Trainer) -> Path:
+        if self.dirpath is not None:
+            return Path(self.dirpath)
+        savers = [cb.dirpath for cb in trainer.checkpoint_callbacks if isinstance(cb, ModelCheckpoint) and cb.dirpath]
+        log_dir = trainer.log_dir  # on every rank: they agree on it by talking
+        return Path(savers[0]) if savers else Path(log_dir or trainer.default_root_dir) / "checkpoints"
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A signal that comes after the last step ends nothing: the run is done."""
+        self._agreement.end()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Without waiting for the others, which may be gone."""
+        self._agreement.drop()
+
+
+def _requeue_signal(trainer: pl.Trainer) -> int | None:
+    environment = trainer._accelerator_connector.cluster_environment
+    if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
+        return None
+    return None if environment.requeue_signal is None else int(environment.requeue_signal)
+
+
+def _requeue() -> str:
+    """Put this SLURM job back into the queue; says what came of it."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = os.environ["SLURM_JOB_ID"] if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    except OSError as error:
+        return f"scontrol requeue {job} could not be run ({error}): requeue the job by hand"
+    if done.returncode:
+        return f"scontrol requeue {job} failed ({done.stderr.strip()}): requeue the job by hand"
+    return f"Job {job} is requeued"

@@ -1,0 +1,160 @@
+"""A signal ends a run after the step in which it comes, with a checkpoint; the resumed run is the one that never stopped."""
+
+import os
+import signal
+
+import lightning.pytorch as pl
+import pytest
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+
+from slope_pl import ConfigError, SLoPeCallback
+from slope_pl.lightning import StopOnSignal
+from tests.lightning.toy import CONFIG, QUIET, Toy, assert_same, make_trainer, snapshot
+
+pytestmark = QUIET
+
+
+class Send(Toy):
+    """Sends itself a signal in the middle of a micro-batch."""
+
+    def __init__(self, number=signal.SIGTERM, at=None):
+        super().__init__()
+        self.number, self.at = number, at
+
+    def training_step(self, batch, batch_idx):
+        if len(self.losses) == self.at:
+            os.kill(os.getpid(), self.number)
+        return super().training_step(batch, batch_idx)
+
+
+def stopped(trainer, module, status, **settings):
+    with pytest.raises(SystemExit) as stop:
+        trainer.fit(module, **settings)
+    assert stop.value.code == status
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "at"), [("SIGTERM", 143, 0), ("SIGTERM", 143, 8), ("SIGUSR1", 138, 9), ("SIGTERM", 143, 15)]
+)
+def test_the_resumed_run_is_the_whole_one(tmp_path, capsys, name, status, at):
+    """In the first step, across an end of epoch (8 batches), at the wake of the adapters."""
+    whole = Toy()
+    make_trainer(tmp_path, SLoPeCallback(CONFIG), EMAWeightAveraging(decay=0.9)).fit(whole)
+    callbacks = [SLoPeCallback(CONFIG), StopOnSignal(dirpath=str(tmp_path)), EMAWeightAveraging(decay=0.9)]
+    before = signal.getsignal(signal.Signals[name])
+    first = Send(signal.Signals[name], at)
+    stopped(make_trainer(tmp_path, *callbacks), first, status)
+    file = tmp_path / f"stopped-step{at + 1}.ckpt"
+    assert f"{name}: stopped after step {at + 1}. The run goes on from {file}" in capsys.readouterr().out
+    assert signal.getsignal(signal.Signals[name]) == before
+    second = Toy()
+    make_trainer(tmp_path, SLoPeCallback(CONFIG), EMAWeightAveraging(decay=0.9)).fit(second, ckpt_path=file)
+    assert first.losses + second.losses == whole.losses
+    assert_same(second.state_dict(), whole.state_dict())
+
+
+def test_micro_batches_of_a_step_are_not_torn_apart(tmp_path):
+    whole = Toy()
+    make_trainer(tmp_path, SLoPeCallback(CONFIG), accumulate_grad_batches=4).fit(whole)
+    first = Send(at=21)
+    trainer = make_trainer(
+        tmp_path, SLoPeCallback(CONFIG), StopOnSignal(dirpath=str(tmp_path)), accumulate_grad_batches=4
+    )
+    stopped(trainer, first, 143)
+    assert len(first.losses) == 24
+    second = Toy()
+    again = make_trainer(tmp_path, SLoPeCallback(CONFIG), accumulate_grad_batches=4)
+    again.fit(second, ckpt_path=tmp_path / "stopped-step6.ckpt")
+    assert first.losses + second.losses == whole.losses
+    assert_same(second.state_dict(), whole.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty")
+def test_the_newest_file_takes_the_place_of_the_older_beside_the_runs_own(tmp_path):
+    own = tmp_path / "own"
+    saver = ModelCheckpoint(dirpath=own, filename="{step}", every_n_train_steps=4)
+    trainer = make_trainer(tmp_path, SLoPeCallback(CONFIG), StopOnSignal(), saver, enable_checkpointing=True)
+    stopped(trainer, Send(at=5), 143)
+    assert sorted(path.name for path in own.iterdir()) == ["step=4.ckpt", "stopped-step6.ckpt"]
+    trainer = make_trainer(tmp_path, SLoPeCallback(CONFIG), StopOnSignal(), saver, enable_checkpointing=True)
+    stopped(trainer, Send(at=2), 143, ckpt_path=own / "stopped-step6.ckpt")
+    assert {path.name for path in own.glob("stopped*")} == {"stopped-step9.ckpt"}
+
+
+def test_a_signal_after_the_last_step_ends_nothing(tmp_path):
+    class Late(pl.Callback):
+        def on_train_end(self, trainer, pl_module):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    module = Toy()
+    make_trainer(tmp_path, SLoPeCallback(CONFIG), StopOnSignal(), Late()).fit(module)
+    assert len(module.losses) == 20
+
+
+def test_handlers_of_the_user_are_called_too(tmp_path):
+    calls = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: calls.append(number))
+    try:
+        stopped(make_trainer(tmp_path, StopOnSignal(dirpath=str(tmp_path))), Send(at=1), 143)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert calls == [signal.SIGTERM]
+
+
+@pytest.fixture
+def slurm(monkeypatch, tmp_path):
+    """A job of one task, and a scontrol that keeps its arguments."""
+    for key, value in {
+        "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "417", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(key, value)
+    tool = tmp_path / "bin" / "scontrol"
+    tool.parent.mkdir()
+    tool.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nexit ${{FAIL:-0}}\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path / "calls"
+
+
+def slurm_run(tmp_path, number, **settings):
+    trainer = make_trainer(tmp_path, StopOnSignal(dirpath=str(tmp_path)), plugins=[SLURMEnvironment(**settings)])
+    stopped(trainer, Send(number, at=3), 128 + number)
+
+
+def test_slurm_requeues_on_its_signal_alone(slurm, tmp_path, capsys):
+    slurm_run(tmp_path, signal.SIGTERM)
+    assert not slurm.exists()
+    slurm_run(tmp_path, signal.SIGUSR1)
+    assert slurm.read_text() == "requeue 417\n"
+    assert "Job 417 is requeued." in capsys.readouterr().out
+    assert not list(tmp_path.glob("hpc_ckpt*")), "Lightning's own would lie in the working folder, for any run to find"
+    slurm_run(tmp_path, signal.SIGUSR1, auto_requeue=False)
+    assert slurm.read_text() == "requeue 417\n"
+
+
+def test_slurm_arrays_other_signals_and_failures(slurm, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "40")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    slurm_run(tmp_path, signal.SIGUSR2, requeue_signal=signal.SIGUSR2)
+    assert slurm.read_text() == "requeue 40_2\n"
+    monkeypatch.setenv("FAIL", "3")
+    slurm_run(tmp_path, signal.SIGUSR1)
+    assert "scontrol requeue 40_2 failed" in capsys.readouterr().out
+    monkeypatch.setenv("PATH", "")
+    slurm_run(tmp_path, signal.SIGUSR1)
+    assert "requeue the job by hand" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["TERM", "SIGKILL", "SIGINT"])
+def test_signals_that_cannot_be_handled(name):
+    with pytest.raises(ConfigError, match=f"'{name}' is none that can be handled"):
+        StopOnSignal((name,))
+
+
+def test_a_run_to_the_end_is_left_alone(tmp_path):
+    plain, watched = Toy(), Toy()
+    make_trainer(tmp_path, SLoPeCallback(CONFIG)).fit(plain)
+    make_trainer(tmp_path, SLoPeCallback(CONFIG), StopOnSignal()).fit(watched)
+    assert_same(snapshot(watched), plain.state_dict())
