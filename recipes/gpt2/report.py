@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recipes.gpt2.ledger import Result, read, read_curves
-from recipes.gpt2.plots import loss_curves, smooth
+from recipes.loss_plot import loss_curves, smooth
 
 HEADER = (
     "| method | best rate | seeds | validation loss | perplexity | tokens/s | seconds | peak GiB | loss at every rate tried |\n"

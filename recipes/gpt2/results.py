@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 
 from benchmarks.environment import collect as environment
 from recipes.gpt2.module import GPT2Pretraining
-from recipes.gpt2.plots import loss_curves, smooth
+from recipes.loss_plot import loss_curves, smooth
 from recipes.meter import Meter
 from recipes.results import Events, RunTable, collect, loss_table, meter_of
 from slope_pl import sparsity_report

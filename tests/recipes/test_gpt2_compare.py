@@ -20,9 +20,9 @@ from recipes.gpt2 import compare, report
 from recipes.gpt2.ledger import Curve, Result, append, append_curve, curves_file, read, read_curves
 from recipes.gpt2.module import GPT2Pretraining
 from recipes.gpt2.plans import DEFAULT, FAMILIES, Plan, plans
-from recipes.gpt2.plots import _less
 from recipes.gpt2.pretrain import main as pretrain
 from recipes.launching import RunError
+from recipes.loss_plot import _less
 
 ROOT = Path(__file__).parents[2]
 SMALL = [

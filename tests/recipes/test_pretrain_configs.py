@@ -41,7 +41,8 @@ def command(path: Path) -> list[str]:
 
 
 def test_no_config_is_overlooked():
-    phases = {f"pretrain_{name}{dense}" for name in ("phase1", "phase2", "tiny") for dense in ("", "_dense")}
+    kinds = ("phase1", "phase2", "phase1_novels", "phase2_novels", "tiny")
+    phases = {f"pretrain_{name}{dense}" for name in kinds for dense in ("", "_dense")}
     assert {path.stem for path in RUNS} == phases | {"pretrain_tiny_phase2"}
 
 
