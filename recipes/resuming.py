@@ -63,11 +63,15 @@ def choose(trainer: Mapping[str, Any], settings: Mapping[str, Any]) -> Choice:
         ConfigError: if nothing says where the run's folder is.
     """
     folder, versioned = run_folder(trainer)
-    found = Choice()
-    for path, home in _newest_first(folder, trainer):
-        other = None if home is None else _difference(home / CONFIG, settings)
+    found, others = Choice(), set()
+    for path, home, named in _newest_first(folder, trainer):
+        other = None if named else "no config.yaml above it says which"
+        if home is not None:
+            other = _difference(home / CONFIG, settings)
         if other is not None:
-            found.lines.append(f"--resume auto: {path} is of another run and left out: {other}")
+            if home not in others:  # one line a run
+                found.lines.append(f"--resume auto: {path} is of another run and left out: {other}")
+            others.add(home)
         elif (reason := damage(path)) is not None:
             found.lines.append(f"--resume auto: {path} IS DAMAGED and left out: {reason}")
         else:
@@ -108,19 +112,19 @@ def run_folder(trainer: Mapping[str, Any]) -> tuple[Path, bool]:
     )
 
 
-def _newest_first(folder: Path, trainer: Mapping[str, Any]) -> Iterator[tuple[Path, Path | None]]:
-    """Checkpoints and the folder of the run that each is of; None where the configuration names its folder itself."""
-    named = [
+def _newest_first(folder: Path, trainer: Mapping[str, Any]) -> Iterator[tuple[Path, Path | None, bool]]:
+    """Checkpoints, the folder of the run that each is of, and whether the configuration names a folder that it lies in."""
+    given = [
         (cb.get("init_args") or {}).get("dirpath") for cb in trainer.get("callbacks") or [] if isinstance(cb, Mapping)
     ]
     found = {}
-    for root in (folder, *(Path(path) for path in named if path)):
+    for root, named in ((folder, False), *((Path(path), True) for path in given if path)):
         for path in root.glob("**/*.ckpt"):
-            home = next((parent for parent in path.parents if (parent / CONFIG).is_file()), None)
-            inside = home is not None and (home == root or root in home.parents)
-            if inside or root != folder:
-                found[path] = home if inside else None
-    yield from sorted(found.items(), key=lambda item: item[0].stat().st_mtime_ns, reverse=True)
+            above = [parent for parent in path.parents if parent == root or root in parent.parents]
+            home = next((parent for parent in above if (parent / CONFIG).is_file()), None)
+            found[path] = (home, named)
+    newest = sorted(found.items(), key=lambda item: item[0].stat().st_mtime_ns, reverse=True)
+    yield from ((path, home, named) for path, (home, named) in newest)
 
 
 def _difference(config: Path, settings: Mapping[str, Any]) -> str | None:

@@ -86,7 +86,7 @@ class MlmPairs(Dataset[Batch]):
         Returns:
             int64 tensors: ``input_ids``, ``attention_mask`` (0 for padding) and ``token_type_ids`` ``(B, max_length)``;
             ``masked_positions`` (0 in unused slots) and ``masked_labels`` (:data:`IGNORED` in unused slots)
-            ``(B, max_predictions)``; ``next_sentence_label`` ``(B,)``.
+            ``(B, max_predictions)``; ``next_sentence_label`` and ``pair_index`` ``(B,)``.
         """
         wide, narrow = (len(indices), self.max_length), (len(indices), self.max_predictions)
         out = {
@@ -96,6 +96,7 @@ class MlmPairs(Dataset[Batch]):
             "masked_positions": np.zeros(narrow, np.int64),
             "masked_labels": np.full(narrow, IGNORED, np.int64),
             "next_sentence_label": np.empty(len(indices), np.int64),
+            "pair_index": np.empty(len(indices), np.int64),
         }
         for row, index in enumerate(indices):
             epoch, i = index if isinstance(index, tuple) else (0, index)
@@ -107,7 +108,7 @@ class MlmPairs(Dataset[Batch]):
             ids[1 : len(a) + 1], ids[len(a) + 2 : length - 1] = a, b
             out["attention_mask"][row, :length] = 1
             out["token_type_ids"][row, len(a) + 2 : length] = 1
-            out["next_sentence_label"][row] = label
+            out["next_sentence_label"][row], out["pair_index"][row] = label, i
             positions, labels = self.hide(ids, length, rng)
             out["masked_positions"][row, : len(positions)] = positions
             out["masked_labels"][row, : len(positions)] = labels

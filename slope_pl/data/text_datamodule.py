@@ -55,12 +55,13 @@ class TokenWindows(Dataset[Batch]):
         return {key: value[0] for key, value in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Return ``input_ids`` and ``targets``, int64 ``(len(indices), context)``."""
+        """Return ``input_ids`` and ``targets``, int64 ``(len(indices), context)``, and ``window_index`` ``(len(indices),)``."""
         rows = np.empty((len(indices), self.context + 1), np.int64)
         for row, index in zip(rows, indices, strict=True):
             self.tokens.read(index * self.context, row)
         window = torch.from_numpy(rows)
-        return {"input_ids": window[:, :-1].contiguous(), "targets": window[:, 1:].contiguous()}
+        inputs, targets = window[:, :-1].contiguous(), window[:, 1:].contiguous()
+        return {"input_ids": inputs, "targets": targets, "window_index": torch.tensor(indices)}
 
 
 class WindowSampler(EpochSampler):

@@ -23,13 +23,13 @@ class Numbered(Tokens):
 class Diverging(Toy):
     """Micro-batch ``at`` (counted over the run) has a bad loss, or a finite one with a bad gradient."""
 
-    def __init__(self, at, bad=float("nan"), gradient=False, often=1):
+    def __init__(self, at, bad=float("nan"), gradient=False, often=1, every=1):
         super().__init__()
-        self.at, self.bad, self.gradient, self.often, self.seen = at, bad, gradient, often, 0
+        self.at, self.bad, self.gradient, self.seen = range(at, at + often * every, every), bad, gradient, 0
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
-        hit = self.at <= self.seen < self.at + self.often
+        hit = self.seen in self.at
         self.seen += 1
         if hit and self.gradient:
             loss.register_hook(lambda gradient: gradient * self.bad)
@@ -121,6 +121,8 @@ def test_one_bad_micro_batch_leaves_out_its_whole_step(tmp_path):
 def test_patience_ends(tmp_path):
     callback, _ = run(tmp_path, Diverging(4, often=3), policy="skip", patience=3)
     assert callback.skipped == 3
+    callback, _ = run(tmp_path, Diverging(4, often=4, every=2), policy="skip", patience=1)
+    assert callback.skipped == 4, "not in a row"
     with pytest.raises(NonFiniteError, match=r"step 7 .* 3 steps in a row were left out before this one"):
         run(tmp_path, Diverging(4, often=4), policy="skip", patience=3)
 

@@ -21,6 +21,7 @@ def commands(start: str) -> list[str]:
 
 def test_every_line_is_of_a_kind_that_is_tested():
     kinds = ["make gpt2", "python -m recipes.gpt2.pretrain ", "python -m recipes.gpt2.compare "]
+    kinds += ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun ", "sbatch recipes/slurm.sh "]
     others = [line for line in LINES if not any(line.startswith(kind) for kind in kinds)]
     assert [line for line in others if not line.startswith("python -m recipes.gpt2.zeroshot ")] == []
 
@@ -32,6 +33,18 @@ def test_fit_command_parses(line, capsys, monkeypatch):
         main([*shlex.split(line)[3:], "--print_config"])
     assert stop.value.code == 0
     assert "learning_rate" in capsys.readouterr().out
+
+
+def test_the_lines_for_many_gpus_are_those_of_the_config():
+    header = " ".join(
+        line[1:].strip()
+        for line in (ROOT / "recipes/gpt2/small_multi_gpu.yaml").read_text().splitlines()
+        if line[:1] == "#"
+    )
+    lines = [line for line in LINES if "torchrun" in line or "sbatch" in line]
+    assert len(lines) == 2
+    for line in lines:
+        assert line in header
 
 
 @pytest.mark.parametrize("subcommand", ["validate", "generate", "export"])

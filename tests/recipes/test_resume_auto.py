@@ -91,7 +91,7 @@ def test_the_same_command_goes_on_to_the_same_end(fit, tmp_path):
             main([*subcommand, *COMMAND[1:], "--ckpt_path", str(last)])
     # Another rate is another run.
     said = fit("runs", "--model.learning_rate", "1e-3", "--trainer.max_steps", "6")
-    assert f"{file} is of another run and left out: model.learning_rate = 0.002 there, 0.001 here" in said
+    assert f"{last} is of another run and left out: model.learning_rate = 0.002 there, 0.001 here" in said
     assert f"no whole checkpoint of this run below {tmp_path / 'runs/gpt2'}: IT BEGINS ANEW" in said
     assert json.loads((tmp_path / "runs/gpt2/version_1/result-fit.json").read_text())["steps"] == 6
 
@@ -123,6 +123,18 @@ def test_the_newest_of_all_versions_of_the_run(tmp_path):
     assert "version_2" in found.lines[0]
     given = resuming.choose({"logger": logger(tmp_path, version=0)}, SETTINGS)
     assert (given.checkpoint, given.version) == (str(tmp_path / "gpt2/version_0/checkpoints/a.ckpt"), None)
+
+
+def test_what_is_left_out_is_named_once_a_run(tmp_path):
+    run_of(tmp_path / "gpt2/version_0", "checkpoints/a.ckpt", "checkpoints/b.ckpt", learning_rate=0.3)
+    (tmp_path / "gpt2/stray").mkdir()
+    torch.save({}, tmp_path / "gpt2/stray/c.ckpt")
+    found = resuming.choose({"logger": logger(tmp_path)}, SETTINGS)
+    assert found.checkpoint is None
+    assert len(found.lines) == 3
+    assert "model.learning_rate = 0.3 there, 0.1 here" in "".join(found.lines)
+    assert "c.ckpt is of another run and left out: no config.yaml above it says which" in "".join(found.lines)
+    assert "IT BEGINS ANEW" in found.lines[-1]
 
 
 def test_a_folder_that_the_config_names_is_looked_into(tmp_path):

@@ -195,7 +195,9 @@ def test_batch_layout(packed):
     assert sizes == {
         "input_ids": wide, "attention_mask": wide, "token_type_ids": wide,
         "masked_positions": narrow, "masked_labels": narrow, "next_sentence_label": (len(index),),
+        "pair_index": (len(index),),
     }  # fmt: skip
+    assert batch["pair_index"].tolist() == index
     assert {value.dtype for value in batch.values()} == {torch.int64}
     assert pairs.ordinary.tolist() == list(range(5, packed[1].vocab_size))  # what random tokens are drawn from
     for row in range(len(index)):

@@ -66,7 +66,8 @@ def test_windows(ready, tokenizer):  # noqa: F811
     batch = windows.__getitems__(list(range(len(windows))))
     assert {key: (value.dtype, tuple(value.shape)) for key, value in batch.items()} == {
         key: (torch.int64, (len(windows), 32)) for key in ("input_ids", "targets")
-    }
+    } | {"window_index": (torch.int64, (len(windows),))}
+    assert windows.__getitems__([7, 3])["window_index"].tolist() == [7, 3]
     assert batch["input_ids"].flatten().tolist() == tokens[: len(windows) * 32]
     assert batch["targets"].flatten().tolist() == tokens[1 : len(windows) * 32 + 1]
     assert torch.equal(windows[5]["targets"], batch["targets"][5])
