@@ -25,6 +25,7 @@ from slope_pl import (
     sparsify,
 )
 from slope_pl.nn import gathered
+from slope_pl.optim import Lamb
 from tests.lightning.toy import CONFIG, Net, Toy, make_trainer
 
 RESUME_AT = (5, 11, 12, 13)
@@ -187,6 +188,12 @@ def forgotten(folder):
     return refused(lambda: train(folder, CPUZero(stage=2), module))
 
 
+def lamb(folder):
+    module = Sparse()
+    module.configure_optimizers = lambda: Lamb(grouped(module).param_groups[0]["params"])
+    return refused(lambda: train(folder, CPUZero(stage=1), module))
+
+
 def other_masks(folder):
     rank = int(os.environ["LOCAL_RANK"])
     return refused(lambda: train(folder, SLoPeModelParallelStrategy(), Sparse(Net(seed=rank))))
@@ -261,6 +268,7 @@ SCENARIOS = {
     "zero_plain": lambda f: train(f, PlainCPUZero(stage=2), Sparse(), SLoPeCallback(CONFIG)),
     "mixed_groups": mixed_groups,
     "forgotten": forgotten,
+    "lamb": lamb,
     "other_masks": other_masks,
 }
 

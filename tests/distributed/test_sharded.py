@@ -151,4 +151,5 @@ def test_refusals(ranks):
         assert "ScheduleError" in report["mixed_groups"]
         assert "group of their own" in report["mixed_groups"]
         assert "is in no optimizer" in report["forgotten"]
+        assert "ScheduleError: Lamb under DeepSpeed: ZeRO flattens parameters" in report["lamb"]
         assert "ConversionError: rank 1 has other masks than rank 0, in 3 layers" in report["other_masks"]
