@@ -26,8 +26,8 @@ class SLoPeConfig:
             rank) before the first step: for pretrained weights. See :mod:`slope_pl.lightning.calibration`.
         backward_refresh_steps: optimizer steps between two choices of the double-pruned weight's columns. 100 is the
             paper's; 1 re-chooses at every step; None never does.
-        adapter_rank: rank of the low-rank adapters in every sparse layer; 0 for none. The paper uses 4, 16 and 64 for
-            BERT-Large, 4 and 16 for GPT2-Small.
+        adapter_rank: rank of the low-rank adapters in every sparse layer, at most its smaller side; 0 for none. The paper
+            uses 4, 16 and 64 for BERT-Large, 4 and 16 for GPT2-Small.
         adapter_rank_fraction: the rank as a fraction of the hidden size, which is the smaller side of each layer
             (0.0625 is 64 at 1024), at least 1. Instead of ``adapter_rank``.
         adapter_start: the fraction of all optimizer steps after which the adapters wake; 0.99 leaves them the last 1 %.

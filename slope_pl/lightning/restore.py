@@ -1,5 +1,6 @@
 """A checkpoint is looked at before any of it goes into a run: is the file whole, and does it belong to this model?"""
 
+import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from slope_pl.config import SLoPeConfig
@@ -17,7 +17,6 @@ from slope_pl.lightning.checkpoint_io import LocalCheckpointIO
 from slope_pl.lightning.checks import CHECKPOINT_KEY, check_config, check_format
 from slope_pl.lightning.resume import damage
 from slope_pl.nn import sparse_layers
-from slope_pl.nn.sharding import is_sharded
 
 _SHOWN = 3
 
@@ -41,7 +40,7 @@ class RestoreGuard:
     def _load(self, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         strategy, module = self._trainer.strategy, self._module
         # Rank 0 alone reads the file twice.
-        reason = strategy.broadcast(why_unreadable(checkpoint_path, strategy) if strategy.is_global_zero else None)
+        reason = strategy.broadcast(self._why_not(checkpoint_path) if strategy.is_global_zero else None)
         if reason is not None:
             raise CheckpointError(reason)
         checkpoint = type(strategy).load_checkpoint(strategy, checkpoint_path, *args, **kwargs)
@@ -53,11 +52,29 @@ class RestoreGuard:
             self._optimizers = len(checkpoint["optimizer_states"])
         if CHECKPOINT_KEY in checkpoint:
             check_config(checkpoint[CHECKPOINT_KEY], self._config)
-        # A module's own hook may still change it.
-        if not is_overridden("on_load_checkpoint", module):
+        if not _changes_checkpoints(module):
             check_layers(module, checkpoint)
             check_tensors(module, checkpoint.get("state_dict") or {}, module.strict_loading)
         return checkpoint
+
+    def _why_not(self, path: str | Path) -> str | None:
+        """Why a checkpoint is not to be read, or None."""
+        strategy = self._trainer.strategy
+        reason = why_unreadable(path, strategy)
+        if reason is not None or not (isinstance(strategy, ModelParallelStrategy) and Path(path).is_file()):
+            return reason
+        # FSDP2 copies the tensors of one file into the model as it reads them: names and shapes are looked at before.
+        try:
+            content = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+        except pickle.UnpicklingError:  # classes among the hyperparameters: whether to trust them, Lightning is told
+            return None
+        try:
+            check_content(content, whole=True)
+            if not _changes_checkpoints(self._module):
+                check_tensors(self._module, content["state_dict"], self._module.strict_loading)
+        except CheckpointError as error:
+            return str(error)
+        return None
 
     def check_optimizers(self) -> None:
         """Raise a CheckpointError unless the restored optimizers are of this run's kind: at the start of training."""
@@ -205,8 +222,8 @@ def check_tensors(module: pl.LightningModule, saved: Mapping[str, Any], strict: 
             "does not know: it is damaged, or of another model or configuration"
         )
     for name, tensor in saved.items():
-        if not isinstance(tensor, Tensor) or not isinstance(own.get(name), Tensor) or is_sharded(own[name]):
-            continue
+        if not isinstance(tensor, Tensor) or not isinstance(own.get(name), Tensor) or hasattr(own[name], "ds_id"):
+            continue  # of ZeRO-3's, a part alone is here
         if tensor.shape != own[name].shape:
             raise CheckpointError(
                 f"{name} has shape {tuple(tensor.shape)} in the checkpoint and {tuple(own[name].shape)} in this "
@@ -255,6 +272,11 @@ def check_moments(optimizers: Iterable[Any]) -> None:
                         f"the optimizer's {name} of a parameter {tuple(parameter.shape)} has shape {tuple(moment.shape)}: the "
                         "checkpoint's optimizer state is damaged, or of another model"
                     )
+
+
+def _changes_checkpoints(module: pl.LightningModule) -> bool:
+    """Whether a module has a hook of its own, which may still change what is in a checkpoint."""
+    return not type(module).on_load_checkpoint.__module__.startswith(("lightning.", "slope_pl."))
 
 
 def _some(names: list[str]) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -24,6 +25,7 @@ from slope_pl import (
     sparsify,
 )
 from slope_pl.nn import gathered
+from slope_pl.optim import Lamb
 from tests.lightning.toy import CONFIG, Net, Toy, make_trainer
 
 RESUME_AT = (5, 11, 12, 13)
@@ -186,6 +188,12 @@ def forgotten(folder):
     return refused(lambda: train(folder, CPUZero(stage=2), module))
 
 
+def lamb(folder):
+    module = Sparse()
+    module.configure_optimizers = lambda: Lamb(grouped(module).param_groups[0]["params"])
+    return refused(lambda: train(folder, CPUZero(stage=1), module))
+
+
 def other_masks(folder):
     rank = int(os.environ["LOCAL_RANK"])
     return refused(lambda: train(folder, SLoPeModelParallelStrategy(), Sparse(Net(seed=rank))))
@@ -205,13 +213,51 @@ def long(folder, strategy, **settings):
     return train(folder, strategy, Sparse(config=LONG), max_steps=300, **settings)
 
 
+def damaged(folder, make_strategy, change):
+    """What is said about a run's last checkpoint, a file or a folder, once ``change`` has been at it."""
+    early = SLoPeConfig(adapter_rank=4, adapter_start_step=1)
+    train(folder, make_strategy(), Sparse(config=early), save=True, max_steps=2)
+    path, rank = folder / "step=2.ckpt", int(os.environ["LOCAL_RANK"])
+    if rank == 0:
+        change(path)
+        (folder / "done").touch()
+    while not (folder / "done").exists():
+        time.sleep(0.01)
+    return refused(lambda: train(folder, make_strategy(), Sparse(config=early), ckpt_path=path, max_steps=3))
+
+
+def cut(path):
+    file = path if path.is_file() else path / "meta.pt"
+    file.write_bytes(file.read_bytes()[:-300])
+
+
+def narrowed(path):
+    content = torch.load(path, weights_only=True)
+    name = "net.blocks.1.values"
+    content["state_dict"][name] = content["state_dict"][name][:, ::2].clone()
+    torch.save(content, path)
+
+
+def one_file():
+    return SLoPeModelParallelStrategy(save_distributed_checkpoint=False)
+
+
+# What is read by both ranks, of which one looks at it.
+DAMAGED = {
+    "damaged_ddp": lambda f: damaged(f, SLoPeDDPStrategy, cut),
+    "damaged_fsdp2": lambda f: damaged(f, SLoPeModelParallelStrategy, cut),
+    "damaged_fsdp2_full": lambda f: damaged(f, one_file, cut),
+    "narrowed_ddp": lambda f: damaged(f, SLoPeDDPStrategy, narrowed),
+    "narrowed_fsdp2_full": lambda f: damaged(f, one_file, narrowed),
+}
 SCENARIOS = {
     **WIDE,
+    **DAMAGED,
     "steps_300_ddp": lambda f: long(f, SLoPeDDPStrategy()),
     "steps_300_fsdp2": lambda f: long(f, SLoPeModelParallelStrategy()),
     "ddp": lambda f: train(f, SLoPeDDPStrategy()),
     "fsdp2": lambda f: resumes(f, SLoPeModelParallelStrategy),
-    "fsdp2_full": lambda f: resumes(f, lambda: SLoPeModelParallelStrategy(save_distributed_checkpoint=False)),
+    "fsdp2_full": lambda f: resumes(f, one_file),
     "fsdp2_own": lambda f: train(
         f, st.ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), OwnSharding(), SLoPeCallback(CONFIG)
     ),
@@ -222,6 +268,7 @@ SCENARIOS = {
     "zero_plain": lambda f: train(f, PlainCPUZero(stage=2), Sparse(), SLoPeCallback(CONFIG)),
     "mixed_groups": mixed_groups,
     "forgotten": forgotten,
+    "lamb": lamb,
     "other_masks": other_masks,
 }
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.distributed.processes import report_of, report_of_two
-from tests.distributed.sharded_worker import RESUME_AT, WIDE, Double, Sparse
+from tests.distributed.sharded_worker import DAMAGED, RESUME_AT, WIDE, Double, Sparse
 from tests.lightning.toy import QUIET, assert_same, make_trainer
 
 pytestmark = [pytest.mark.distributed, *QUIET]
@@ -138,9 +138,18 @@ def test_four_ranks_are_one_model_after_300_steps(four, strategy):
         assert other["callback"] == zero["callback"]
 
 
+@pytest.mark.parametrize("name", DAMAGED)
+def test_all_ranks_refuse_a_damaged_checkpoint(ranks, name):
+    says = "net.blocks.1.values has shape (32, 8)" if "narrowed" in name else "is damaged or no checkpoint"
+    for report in ranks:
+        assert report[name].startswith("CheckpointError: ")
+        assert says in report[name]
+
+
 def test_refusals(ranks):
     for report in ranks:
         assert "ScheduleError" in report["mixed_groups"]
         assert "group of their own" in report["mixed_groups"]
         assert "is in no optimizer" in report["forgotten"]
+        assert "ScheduleError: Lamb under DeepSpeed: ZeRO flattens parameters" in report["lamb"]
         assert "ConversionError: rank 1 has other masks than rank 0, in 3 layers" in report["other_masks"]
