@@ -187,7 +187,7 @@ class NonFiniteLoss(pl.Callback):
         self._agreement.end()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """A save that other callbacks make of what is left shall not meet old flags, nor wait for ranks that are gone."""
+        """Without waiting for ranks that may be gone. Flags stay: what others save on the way out is looked at, too."""
         self._agreement.drop()
 
     def state_dict(self) -> dict[str, Any]:

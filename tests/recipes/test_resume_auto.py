@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningCLI
 from recipes import launching, resuming
 from recipes.bert_large import glue, pretrain, squad
 from recipes.gpt2.pretrain import main
+from recipes.meter import _read
 from slope_pl import CheckpointError, ConfigError
 from tests.recipes.test_gpt2_recipe import ROOT, SMALL, STORIES
 
@@ -123,6 +124,15 @@ def test_the_newest_of_all_versions_of_the_run(tmp_path):
     assert "version_2" in found.lines[0]
     given = resuming.choose({"logger": logger(tmp_path, version=0)}, SETTINGS)
     assert (given.checkpoint, given.version) == (str(tmp_path / "gpt2/version_0/checkpoints/a.ckpt"), None)
+
+
+def test_a_curve_ends_at_the_checkpoint_that_the_run_goes_on_from(tmp_path):
+    """A killed run may have written more, and the last line by half; it writes all of that again."""
+    curve = tmp_path / "curve.csv"
+    curve.write_text("step,tokens,train_loss,val_loss\n5,10,2.5,\n6,12,2.0,\n6,12,,2.25\n7,14,1.5,\n8,1")
+    assert _read(curve, 6) == [(5, 10, 2.5, None), (6, 12, 2.0, None), (6, 12, None, 2.25)]
+    assert _read(curve, 0) == []
+    assert _read(tmp_path / "none.csv", 6) == []
 
 
 def test_what_is_left_out_is_named_once_a_run(tmp_path):
