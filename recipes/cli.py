@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningCLI
 
 from slope_pl import CheckpointError
+from slope_pl.checkpoint import load_module
 
 Own = dict[str, Callable[[list[str]], None]]
 _ALWAYS = (
@@ -121,7 +122,7 @@ def run_recipe(
 def checkpoint_parser(prog: str, description: str | None) -> ArgumentParser:
     """A parser of a subcommand that takes a checkpoint."""
     parser = ArgumentParser(prog=prog, description=description)
-    parser.add_argument("--ckpt_path", type=str, required=True, help="a checkpoint of this recipe, dense or sparse")
+    parser.add_argument("--ckpt_path", type=str, required=True, help="a checkpoint of this recipe, of any strategy")
     return parser
 
 
@@ -132,7 +133,7 @@ def exporter(module: type[Any], prog: str) -> Callable[[list[str]], None]:
         parser = checkpoint_parser(f"{prog} export", "Write a checkpoint as a dense Hugging Face model.")
         parser.add_argument("--folder", type=str, required=True, help="where config.json and model.safetensors go")
         options = parser.parse_args(arguments)
-        module.load_from_checkpoint(options.ckpt_path, map_location="cpu", weights_only=True).export(options.folder)
+        load_module(module, options.ckpt_path).export(options.folder)
         print(f"Dense Hugging Face model: {options.folder}")
 
     return export

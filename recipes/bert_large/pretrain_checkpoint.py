@@ -7,8 +7,6 @@ A sparse checkpoint makes the net sparse with the checkpoint's own masks, an inf
 dense one is loaded as it is; what the module then prunes, it prunes by trained weights.
 """
 
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from slope_pl import CheckpointError, SLoPeConfig, sparse_layers, sparsify
-from slope_pl.lightning.checks import CHECKPOINT_KEY, check_format
+from slope_pl.checkpoint import CHECKPOINT_KEY, read_checkpoint
 from slope_pl.models import BertConfig
 from slope_pl.nn.selection import choose_layers
 from slope_pl.sparsity import check_indices
@@ -36,7 +34,7 @@ class PretrainingCheckpoint:
     """What a pretraining checkpoint holds.
 
     Attributes:
-        path: the file.
+        path: the file, or the folder that a sharding strategy wrote.
         bert: its architecture.
         slope: how it was made sparse; None if it is dense.
         step: optimizer steps it was trained for.
@@ -99,19 +97,10 @@ def read_pretraining_checkpoint(path: str | Path) -> PretrainingCheckpoint:
     """
     file = Path(path).expanduser()
     what = "expected a checkpoint of recipes.bert_large.pretrain"
-    if not file.is_file():
+    if not file.exists():
         raise CheckpointError(f"{file}: no such file (working directory: {Path.cwd()}); {what}")
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "it is empty"
-        raise CheckpointError(
-            f"{file} is damaged or no checkpoint ({type(error).__name__}: {reason}); {what}"
-        ) from error
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{file} holds no state_dict of a Lightning module; {what}")
-    state = {name.removeprefix(_PREFIX): t for name, t in state.items() if name.startswith(_PREFIX)}
+    content = read_checkpoint(file, optimizer=False)
+    state = {name.removeprefix(_PREFIX): t for name, t in content["state_dict"].items() if name.startswith(_PREFIX)}
     settings = content.get("hyper_parameters", {})
     missing = [name for name in _HEADS if name not in state]
     if missing or not isinstance(settings.get("bert"), dict):
@@ -120,8 +109,6 @@ def read_pretraining_checkpoint(path: str | Path) -> PretrainingCheckpoint:
             f"among its tensors ({', '.join(list(content['state_dict'])[:3])}, ...); {what}"
         )
     mark = content.get(CHECKPOINT_KEY)
-    if mark is not None:
-        check_format(mark)
     slope = None if mark is None else SLoPeConfig.from_dict(mark["config"])
     step = int(content.get("global_step", 0))
     return PretrainingCheckpoint(file, BertConfig.from_dict(settings["bert"]), slope, step, state)

@@ -21,6 +21,7 @@ from slope_pl.baselines.surgery import mask_layers
 from slope_pl.errors import ConversionError
 from slope_pl.lightning import rng
 from slope_pl.lightning.checks import strip_classes
+from slope_pl.lightning.restoring import record_optimizers
 from slope_pl.nn import was_densified
 
 CHECKPOINT_KEY = "slope_pl_baseline"
@@ -235,6 +236,7 @@ class BaselineCallback(pl.Callback, Generic[Config], ABC):
         if checkpoint.get(key):  # likewise configs of this package: the file then loads with weights_only=True
             hparams = checkpoint[key].items()
             checkpoint[key] = {k: v.to_dict() if isinstance(v, BaselineConfig) else v for k, v in hparams}
+        record_optimizers(trainer, pl_module, checkpoint)
         checkpoint[CHECKPOINT_KEY] = {
             "format": FORMAT_VERSION,
             "version": __version__,

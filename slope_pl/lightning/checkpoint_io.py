@@ -1,14 +1,13 @@
 """Checkpoints written straight to disk, whole or not at all."""
 
-import os
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from slope_pl.checkpoint.files import save_whole
 
 
 class LocalCheckpointIO(TorchCheckpointIO):
@@ -32,35 +31,5 @@ class LocalCheckpointIO(TorchCheckpointIO):
         """
         if storage_options is not None or urlparse(str(path)).scheme:
             super().save_checkpoint(dict(checkpoint), path, storage_options)
-            return
-        final = Path(path)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        host = socket.gethostname()
-        _remove_leftovers(final.parent, host)
-        unfinished = final.with_name(f".{final.name}.{host}.{os.getpid()}.unfinished")
-        try:
-            with unfinished.open("wb") as stream:
-                torch.save(dict(checkpoint), stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            unfinished.replace(final)
-        finally:
-            unfinished.unlink(missing_ok=True)
-
-
-def _remove_leftovers(folder: Path, host: str) -> None:
-    """Remove what processes of this machine left that were killed while they saved."""
-    for file in folder.glob(f".*.{host}.*.unfinished"):
-        process = file.name.split(".")[-2]
-        if process.isdigit() and not _is_alive(int(process)):
-            file.unlink(missing_ok=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+        else:
+            save_whole(dict(checkpoint), path)

@@ -5,11 +5,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from slope_pl.checkpoint.mark import CHECKPOINT_KEY, check_format
 from slope_pl.config import SLoPeConfig, as_config
 from slope_pl.errors import CheckpointError
 from slope_pl.lightning.calibration import convert
 from slope_pl.lightning.callback import SLoPeCallback
-from slope_pl.lightning.checks import CHECKPOINT_KEY, check_format, strip_classes
+from slope_pl.lightning.checks import strip_classes
+from slope_pl.lightning.restoring import record_optimizers
 from slope_pl.lightning.sharding import shard
 from slope_pl.nn import sparse_layers, was_densified
 
@@ -53,8 +55,9 @@ class SLoPeLightningModule(pl.LightningModule):
         return callbacks
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the hyperparameters free of classes, so that the file loads with ``weights_only=True``."""
+        """Keep the hyperparameters free of classes, so that the file loads with ``weights_only=True``; name parameters."""
         super().on_save_checkpoint(checkpoint)
+        record_optimizers(self.trainer, self, checkpoint)
         strip_classes(checkpoint, self.CHECKPOINT_HYPER_PARAMS_KEY)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
