@@ -57,7 +57,8 @@ class SLoPeLightningModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the hyperparameters free of classes, so that the file loads with ``weights_only=True``; name parameters."""
         super().on_save_checkpoint(checkpoint)
-        record_optimizers(self.trainer, self, checkpoint)
+        if self._trainer is not None:
+            record_optimizers(self.trainer, self, checkpoint)
         strip_classes(checkpoint, self.CHECKPOINT_HYPER_PARAMS_KEY)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import sys
 import traceback
 import warnings
@@ -14,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from slope_pl import SLoPeDDPStrategy, SLoPeModelParallelStrategy, SLoPeSingleDeviceStrategy, sparse_layers
 from slope_pl.checkpoint import convert
 from tests.distributed.sharded_worker import CPUZero, Late, Sparse, refused
-from tests.lightning.toy import Net, make_trainer
+from tests.lightning.toy import Bomb, Net, make_trainer
 
 TOTAL_BATCH = 16
 
@@ -48,11 +49,11 @@ class Stop(pl.Callback):
         trainer.should_stop = trainer.global_step >= self.step
 
 
-def stretch(folder, strategy, ranks, until, ckpt_path=None):
+def stretch(folder, strategy, ranks, until, ckpt_path=None, every=None):
     """Train to a step from a checkpoint; what is saved at its end is ``folder/step=N.ckpt``, at its start ``start.ckpt``."""
     # Other weights than the checkpoint's: all has to come from there.
     module = Steady(ranks, seed=0 if ckpt_path is None else 7)
-    saver = ModelCheckpoint(dirpath=folder, filename="{step}", save_top_k=-1, every_n_train_steps=until)
+    saver = ModelCheckpoint(dirpath=folder, filename="{step}", save_top_k=-1, every_n_train_steps=every or until)
     stop = Stop(until, None if ckpt_path is None else folder / "start.ckpt")
     trainer = make_trainer(folder, saver, stop, devices=ranks, strategy=strategy, enable_checkpointing=True)
     trainer.fit(module, ckpt_path=ckpt_path)
@@ -91,20 +92,8 @@ def widen(folder):
     stretch(folder / "zero2_4", CPUZero(stage=2), 4, 17, folder / "zero2" / "step=16.ckpt")
 
 
-class Bomb:
-    """Leaves a file behind when it is unpickled."""
-
-    def __init__(self, trace):
-        self.trace = str(trace)
-
-    def __reduce__(self):
-        return os.mkdir, (self.trace,)
-
-
 def arm(folder, source, name, key):
     """A copy of a checkpoint's folder with one file that does something when it is unpickled."""
-    import shutil
-
     armed = folder / f"armed {name} {key}"
     shutil.copytree(source, armed)
     (file,) = armed.rglob(name)

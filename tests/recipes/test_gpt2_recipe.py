@@ -16,6 +16,7 @@ from recipes.gpt2.module import TOKENIZER_KEY, GPT2Pretraining
 from recipes.gpt2.pretrain import main
 from slope_pl import CheckpointError, sparse_layers
 from slope_pl.baselines import masked_layers
+from slope_pl.checkpoint import convert
 from slope_pl.data import ShardError
 
 ROOT = Path(__file__).parents[2]
@@ -96,6 +97,10 @@ def test_export_and_load_from_checkpoint_give_the_same_logits(fitted, tmp_path, 
     assert len(sparse_layers(module)) + len(masked_layers(module)) == layers
     main(["export", "--ckpt_path", fitted["checkpoint"], "--folder", str(tmp_path / "hf")])
     assert str(tmp_path / "hf") in capsys.readouterr().out
+    convert(fitted["checkpoint"], tmp_path / "sharded.ckpt", to="sharded")  # as FSDP2 leaves it
+    main(["export", "--ckpt_path", str(tmp_path / "sharded.ckpt"), "--folder", str(tmp_path / "again")])
+    files = [tmp_path / name / "model.safetensors" for name in ("hf", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
     ids = torch.randint(0, 1024, (2, 32))
     with torch.no_grad():
