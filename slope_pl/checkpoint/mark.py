@@ -10,25 +10,27 @@ from slope_pl.errors import CheckpointError
 
 CHECKPOINT_KEY = "slope_pl"
 FORMAT_VERSION = 1
+BASELINE_KEY = "slope_pl_baseline"
+BASELINE_FORMAT_VERSION = 1
 OPTIMIZERS_KEY = "slope_pl_optimizers"
 
 Groups = list[dict[str, Any]]
 
 
-def check_format(mark: Mapping[str, Any]) -> None:
+def check_format(mark: Mapping[str, Any], newest: int = FORMAT_VERSION) -> None:
     """Raise if a checkpoint was written by a newer version of this package, in a format that it changed."""
-    if mark["format"] > FORMAT_VERSION:
+    if mark["format"] > newest:
         raise CheckpointError(
-            f"the checkpoint has format {mark['format']} (slope_pl {mark['version']}); this slope_pl reads up to "
-            f"{FORMAT_VERSION}: update it"
+            f"the checkpoint has format {mark['format']} (slope_pl {mark['version']}); this slope_pl reads up to {newest}: "
+            "update it"
         )
 
 
 def check_mark(content: Mapping[str, Any]) -> None:
     """:func:`check_format` of a whole checkpoint; one without a mark is of a dense model."""
-    mark = content.get(CHECKPOINT_KEY)
-    if mark is not None:
-        check_format(mark)
+    for key, newest in ((CHECKPOINT_KEY, FORMAT_VERSION), (BASELINE_KEY, BASELINE_FORMAT_VERSION)):
+        if key in content:
+            check_format(content[key], newest)
 
 
 def name_groups(module: nn.Module, optimizer: Optimizer) -> Groups:
