@@ -45,7 +45,8 @@ def resume_from_any(strategy: Any, zero: ZeroAdapters | None = None) -> None:
         foreign = False
         path = strategy.broadcast(checkpoint_path)
         if urlparse(str(path)).scheme or not Path(path).exists():
-            return load(strategy, path, weights_only)  # for Lightning to read, or to complain of
+            # For Lightning to read, or to complain of. By itself it runs what is pickled in a file from the web.
+            return load(strategy, path, True if weights_only is None else weights_only)
         kind = checkpoint_kind(path)
         if kind == "safetensors":
             raise CheckpointError(f"{path} holds weights alone: load them with load_weights before the Trainer starts")

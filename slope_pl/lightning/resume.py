@@ -8,6 +8,9 @@ import logging
 import zipfile
 from pathlib import Path
 
+from slope_pl.checkpoint.zero import describe_zero, is_zero_folder
+from slope_pl.errors import CheckpointError
+
 log = logging.getLogger(__name__)
 
 _SHARDED_MARK = ("meta.pt", ".metadata")
@@ -17,11 +20,16 @@ def damage(path: Path) -> str | None:
     """Why a checkpoint is not whole, or None.
 
     Args:
-        path: a file; or the folder of a sharded checkpoint, whose parts are looked at one by one.
+        path: a file; or the folder of a sharded checkpoint (FSDP2's, DeepSpeed's), whose parts are looked at one by one.
     """
     if path.is_dir():
         missing = [name for name in _SHARDED_MARK if not (path / name).exists()]
-        if missing:
+        if is_zero_folder(path):
+            try:
+                describe_zero(path)
+            except CheckpointError as error:
+                return str(error)
+        elif missing:
             return f"it has no {missing[0]}: its save was not finished"
         files = [file for file in sorted(path.rglob("*.pt")) if file.is_file()]
         return next((f"{file.name}: {reason}" for file in files if (reason := damage(file))), None)

@@ -49,13 +49,14 @@ class Stop(pl.Callback):
         trainer.should_stop = trainer.global_step >= self.step
 
 
-def stretch(folder, strategy, ranks, until, ckpt_path=None, every=None):
+def stretch(folder, strategy, ranks, until, ckpt_path=None, every=None, precision="32-true"):
     """Train to a step from a checkpoint; what is saved at its end is ``folder/step=N.ckpt``, at its start ``start.ckpt``."""
     # Other weights than the checkpoint's: all has to come from there.
     module = Steady(ranks, seed=0 if ckpt_path is None else 7)
     saver = ModelCheckpoint(dirpath=folder, filename="{step}", save_top_k=-1, every_n_train_steps=every or until)
     stop = Stop(until, None if ckpt_path is None else folder / "start.ckpt")
-    trainer = make_trainer(folder, saver, stop, devices=ranks, strategy=strategy, enable_checkpointing=True)
+    settings = {"devices": ranks, "strategy": strategy, "enable_checkpointing": True, "precision": precision}
+    trainer = make_trainer(folder, saver, stop, **settings)
     trainer.fit(module, ckpt_path=ckpt_path)
     return folder / f"step={until}.ckpt"
 
@@ -83,6 +84,15 @@ def chain(folder):
     zero2 = stretch(folder / "zero2", CPUZero(stage=2), 2, 16, fsdp2)
     zero1 = stretch(folder / "zero1", CPUZero(stage=1), 2, 17, zero2)
     on_one(lambda: convert(zero1, folder / "zero1.ckpt"))
+
+
+def halves(folder):
+    """ZeRO computes in bf16 and keeps fp32 weights beside: those are the ones to take along."""
+    zero2 = stretch(
+        folder / "bf16_2", CPUZero(stage=2), 2, 6, folder / "single" / "step=4.ckpt", precision="bf16-mixed"
+    )
+    zero3 = stretch(folder / "bf16_3", CPUZero(stage=3), 2, 7, zero2, precision="bf16-mixed")
+    stretch(folder / "bf16_ddp", SLoPeDDPStrategy(), 2, 8, zero3, precision="bf16-mixed")
 
 
 def widen(folder):
@@ -143,7 +153,10 @@ def built_in_parts(folder):
     return module.sizes
 
 
-SCENARIOS = {"2": {"chain": chain, "armed": armed, "built_in_parts": built_in_parts}, "4": {"widen": widen}}
+SCENARIOS = {
+    "2": {"chain": chain, "halves": halves, "armed": armed, "built_in_parts": built_in_parts},
+    "4": {"widen": widen},
+}
 
 
 def main(folder):

@@ -8,6 +8,9 @@ import torch
 from slope_pl import CheckpointError
 from slope_pl.checkpoint import convert, read_checkpoint
 from slope_pl.checkpoint.mark import named_states
+from slope_pl.checkpoint.trusted import load_trusted
+from slope_pl.checkpoint.zero import describe_zero
+from slope_pl.lightning.resume import damage
 from tests.distributed.checkpoint_worker import single, stretch
 from tests.distributed.processes import report_of
 from tests.lightning.toy import QUIET, assert_same
@@ -23,6 +26,8 @@ STEPS = (
     ("fsdp2/step=14.ckpt", "zero2"),
     ("zero2/step=16.ckpt", "zero1"),
     ("zero1/step=17.ckpt", "end"),
+    ("bf16_2/step=6.ckpt", "bf16_3"),
+    ("bf16_3/step=7.ckpt", "bf16_ddp"),
     ("fsdp2/step=14.ckpt", "fsdp2_4"),
     ("zero3/step=11.ckpt", "zero3_4"),
     ("zero2/step=16.ckpt", "zero2_4"),
@@ -98,6 +103,14 @@ def test_the_runs_are_parts_of_the_one_that_never_stopped(runs, end, step):
         assert own == want
 
 
+@pytest.mark.parametrize(("end", "step"), [("zero3", 11), ("zero2", 16), ("zero1", 17), ("zero3_4", 13)])
+def test_deepspeeds_own_counters_go_on(runs, end, step):
+    folder, _ = runs
+    own = load_trusted(describe_zero(folder / end / f"step={step}.ckpt").models[0])
+    assert own["global_steps"] == step
+    assert own["global_samples"] == 16 * step
+
+
 def test_folders_that_would_run_code_are_refused(runs):
     folder, reports = runs
     for report in reports:
@@ -121,8 +134,10 @@ def test_under_zero_3_the_new_layers_lie_in_parts_as_soon_as_they_are_made(runs)
         assert report["built_in_parts"] == [0] * 9
 
 
-def test_a_folder_with_missing_parts_is_refused(runs, tmp_path):
+def test_a_folder_with_missing_parts_is_refused(runs):
     folder, _ = runs
+    assert damage(folder / "zero3_4" / "step=13.ckpt") is None
     (folder / "zero3_4" / "step=13.ckpt" / "checkpoint" / "zero_pp_rank_3_mp_rank_00_optim_states.pt").unlink()
     with pytest.raises(CheckpointError, match="written by 4 processes, but has 4 files of model states and 3 of optim"):
         read_checkpoint(folder / "zero3_4" / "step=13.ckpt")
+    assert "3 of optimizer states: its save was not finished" in damage(folder / "zero3_4" / "step=13.ckpt")

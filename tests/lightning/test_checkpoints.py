@@ -1,8 +1,11 @@
 """Checkpoints turned into other forms and read back, on one process; and what is refused, by every reader."""
 
 import copy
+import functools
+import http.server
 import json
 import pickle
+import threading
 import zipfile
 
 import pytest
@@ -206,6 +209,11 @@ def _net():
     )
 
 
+class SilentHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
 READERS = {
     "fit": lambda path, out: make_trainer(out).fit(Module(slope=CONFIG), ckpt_path=path),
     "validate": lambda path, out: make_trainer(out).validate(Module(slope=CONFIG), ckpt_path=path),
@@ -242,6 +250,21 @@ def test_the_bomb_works_and_the_search_for_a_whole_checkpoint_does_not_unpickle(
     assert not (tmp_path / "executed").exists()
     torch.load(tmp_path / "bomb.ckpt", weights_only=False)
     assert (tmp_path / "executed").exists()
+
+
+def test_nor_is_a_file_from_the_web_run(tmp_path, monkeypatch):
+    """Lightning's own default for these is weights_only=False."""
+    torch.save({"payload": Bomb(tmp_path / "executed")}, tmp_path / "bomb.ckpt")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    handler = functools.partial(SilentHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            with pytest.raises(pickle.UnpicklingError, match="mkdir"):
+                READERS["fit"](f"http://127.0.0.1:{server.server_port}/bomb.ckpt", tmp_path)
+        finally:
+            server.shutdown()
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("name", [".metadata", "meta.pt", "__0_0.distcp"])

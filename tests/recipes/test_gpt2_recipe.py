@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from recipes.gpt2.pretrain import main
 from slope_pl import CheckpointError, sparse_layers
 from slope_pl.baselines import masked_layers
 from slope_pl.checkpoint import convert
+from slope_pl.checkpoint.__main__ import main as checkpoint_command
 from slope_pl.data import ShardError
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +74,19 @@ def test_fit_ends_in_the_whole_result(fitted):
     assert fitted["environment"]["torch"] == torch.__version__
     for label in ("validation loss / perplexity", "optimizer steps, tokens", "loss curve", "checkpoint"):
         assert fitted["rows"][label]
+
+
+def test_the_conversions_of_the_readme(sparse, tmp_path, monkeypatch):
+    (tmp_path / "zero3").mkdir()
+    shutil.copy(sparse["checkpoint"], tmp_path / "zero3" / "step=500.ckpt")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^python -m slope_pl\.checkpoint (.*)$", text, re.M)
+    monkeypatch.chdir(tmp_path)
+    for line in lines:
+        assert checkpoint_command(shlex.split(line, comments=True)) == 0
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"zero3", "full.ckpt", "shards.ckpt", "weights.safetensors", "hf"}
+    assert (tmp_path / "hf" / "config.json").is_file()
 
 
 def test_the_curve_has_every_step(fitted):
