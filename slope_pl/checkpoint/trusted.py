@@ -66,10 +66,8 @@ def load_trusted(path: str | Path, classes: Sequence[Any] | None = None, map_loc
         with torch.serialization.safe_globals(allowed):
             mapped = map_location == "cpu" and zipfile.is_zipfile(path)
             return torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is not read: {_first_line(error)}") from error
-    except (RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path} is damaged or no checkpoint: {_first_line(error)}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise CheckpointError(_refusal(path, error)) from error
 
 
 def load_bytes(content: bytes, path: object) -> Any:
@@ -77,7 +75,7 @@ def load_bytes(content: bytes, path: object) -> Any:
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} is not read: {_first_line(error)}") from error
+        raise CheckpointError(_refusal(path, error)) from error
 
 
 def load_index(path: str | Path) -> Any:
@@ -90,7 +88,7 @@ def load_index(path: str | Path) -> Any:
         with Path(path).open("rb") as stream:
             return _IndexUnpickler(stream).load()
     except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is not read: {_first_line(error)}") from error
+        raise CheckpointError(_refusal(path, error)) from error
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -98,15 +96,18 @@ class _IndexUnpickler(pickle.Unpickler):
         plain = module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
         if plain or name in _INDEX_NAMES.get(module, ()):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is no part of the index of a checkpoint")
+        raise pickle.UnpicklingError(f"global {module}.{name} is no part of the index of a checkpoint")
 
 
-def _first_line(error: Exception) -> str:
+def _refusal(path: object, error: Exception) -> str:
+    """Torch's own text is long, and advises to load the file all the same."""
     text = str(error).strip()
     called = re.search(r"(?:GLOBAL|global:?) ((?:\w+\.)+\w+)", text)
-    if called:  # torch's long advice is to load it all the same
+    if called:
         return (
-            f"it would call {called[1]}, which is no part of a checkpoint. If the file is your own and that is a class of "
-            f"yours, torch.serialization.add_safe_globals([{called[1].rpartition('.')[2]}]) lets it be read"
+            f"{path} is not read: it would call {called[1]}, which is no part of a checkpoint. If the file is your own and "
+            f"that is a class of yours, torch.serialization.add_safe_globals([{called[1].rpartition('.')[2]}]) lets it be read"
         )
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'it is empty'}"
+    reason = re.search(r"WeightsUnpickler error: (.*)", text)
+    line = reason[1].strip() if reason else text.splitlines()[0] if text else "it is empty"
+    return f"{path} is damaged or no checkpoint ({type(error).__name__}: {line})"
