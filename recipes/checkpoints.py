@@ -1,39 +1,30 @@
 """Opening a recipe's checkpoint: one that is damaged, or of another recipe, is refused before anything is taken from it."""
 
-import pickle
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
+import slope_pl.checkpoint
 from slope_pl import CheckpointError
 
 
 def read_checkpoint(path: str | Path, what: str = "a checkpoint") -> dict[str, Any]:
-    """The content of a Lightning checkpoint; tensors are read from the file when they are used.
+    """The content of a checkpoint of any kind, without the optimizer's; tensors of a file are read when they are used.
 
     Args:
-        path: the file.
+        path: a file, or the folder that FSDP2 or DeepSpeed wrote.
         what: is expected, for messages.
 
     Raises:
         CheckpointError: no such file, not a checkpoint, or a damaged one.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file (working directory: {Path.cwd()}); expected {what}")
+    source = Path(path).expanduser()
+    if not source.exists():
+        raise CheckpointError(f"{source}: no such file (working directory: {Path.cwd()}); expected {what}")
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "it is empty"
-        raise CheckpointError(
-            f"{file} is damaged or no checkpoint ({type(error).__name__}: {reason}); expected {what}"
-        ) from error
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        raise CheckpointError(f"{file} holds no state_dict of a Lightning module; expected {what}")
-    return content
+        return slope_pl.checkpoint.read_checkpoint(source, optimizer=False)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; expected {what}") from error
 
 
 def refuse_foreign(path: str | Path, known: Iterable[str], recipe: str) -> None:

@@ -16,6 +16,7 @@ from recipes import resuming
 from recipes.checkpoints import refuse_foreign
 from recipes.launching import without_resume
 from slope_pl import CheckpointError, ConfigError
+from slope_pl.checkpoint import load_module
 from slope_pl.lightning.resume import damage
 
 Own = dict[str, Callable[[list[str]], None]]
@@ -189,7 +190,7 @@ def run_recipe(
 def checkpoint_parser(prog: str, description: str | None) -> ArgumentParser:
     """A parser of a subcommand that takes a checkpoint."""
     parser = ArgumentParser(prog=prog, description=description)
-    parser.add_argument("--ckpt_path", type=str, required=True, help="a checkpoint of this recipe, dense or sparse")
+    parser.add_argument("--ckpt_path", type=str, required=True, help="a checkpoint of this recipe, of any strategy")
     return parser
 
 
@@ -201,7 +202,7 @@ def exporter(module: type[Any], prog: str) -> Callable[[list[str]], None]:
         parser.add_argument("--folder", type=str, required=True, help="where config.json and model.safetensors go")
         options = parser.parse_args(arguments)
         refuse_foreign(options.ckpt_path, inspect.signature(module.__init__).parameters, prog)
-        module.load_from_checkpoint(options.ckpt_path, map_location="cpu", weights_only=True).export(options.folder)
+        load_module(module, options.ckpt_path).export(options.folder)
         print(f"Dense Hugging Face model: {options.folder}")
 
     return export

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from recipes.checkpoints import read_checkpoint
 from slope_pl import CheckpointError, SLoPeConfig, sparse_layers, sparsify
-from slope_pl.lightning.checks import CHECKPOINT_KEY, check_format
+from slope_pl.checkpoint import CHECKPOINT_KEY
 from slope_pl.models import BertConfig
 from slope_pl.nn.selection import choose_layers
 from slope_pl.sparsity import check_indices
@@ -35,7 +35,7 @@ class PretrainingCheckpoint:
     """What a pretraining checkpoint holds.
 
     Attributes:
-        path: the file.
+        path: the file, or the folder that a sharding strategy wrote.
         bert: its architecture.
         slope: how it was made sparse; None if it is dense.
         step: optimizer steps it was trained for.
@@ -107,8 +107,6 @@ def read_pretraining_checkpoint(path: str | Path) -> PretrainingCheckpoint:
             f"among its tensors ({', '.join(list(content['state_dict'])[:3])}, ...); expected {what}"
         )
     mark = content.get(CHECKPOINT_KEY)
-    if mark is not None:
-        check_format(mark)
     slope = None if mark is None else SLoPeConfig.from_dict(mark["config"])
     step = int(content.get("global_step", 0))
     return PretrainingCheckpoint(file, BertConfig.from_dict(settings["bert"]), slope, step, state)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from recipes.checkpoints import read_checkpoint
 from slope_pl import CheckpointError, ConfigError, SLoPeConfig
+from slope_pl.checkpoint import CHECKPOINT_KEY
 from slope_pl.lightning import faded_masks
-from slope_pl.lightning.checks import CHECKPOINT_KEY
 
 _PREFIX = "net."
 

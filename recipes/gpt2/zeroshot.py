@@ -3,15 +3,14 @@
     python -m recipes.gpt2.zeroshot --ckpt CHECKPOINT --tasks piqa race lambada
     python -m recipes.gpt2.zeroshot --ckpt CHECKPOINT --data FOLDER --tokenizer FOLDER --output results.json
 
-CHECKPOINT is a file written by this recipe, dense or sparse, or a Hugging Face folder or hub id. Without --data the tasks
-come from the hub; with it, from local files, under the same prompts and metrics.
+CHECKPOINT is what this recipe wrote under any strategy, dense or sparse, or a Hugging Face folder or hub id. Without
+--data the tasks come from the hub; with it, from local files, under the same prompts and metrics.
 """
 
 import argparse
 import importlib.metadata
 import importlib.util
 import json
-import pickle
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from recipes.gpt2 import zeroshot_tasks
 from recipes.gpt2.module import TOKENIZER_KEY, GPT2Pretraining
 from recipes.gpt2.zeroshot_report import PUBLISHED, PUBLISHED_METRIC, PUBLISHED_MODEL, RACE_NOTE, Score, collect, table
 from slope_pl import CheckpointError, ConfigError, SLoPeError, sparse_layers
+from slope_pl.checkpoint import is_checkpoint, load_module, read_checkpoint
 from slope_pl.data import DataUnavailableError, TextTokenizer, load_bpe
 from slope_pl.models import GPT2, load_gpt2, load_gpt2_config
 
@@ -35,8 +35,8 @@ def load_model(ckpt: str) -> tuple[GPT2, dict[str, str]]:
     """Load the model to score, on the CPU.
 
     Args:
-        ckpt: a checkpoint file of this recipe, dense or sparse; or a folder with config.json and model.safetensors, or a
-            hub id.
+        ckpt: a checkpoint of this recipe, dense or sparse, of any strategy; or a folder with config.json and
+            model.safetensors, or a hub id.
 
     Returns:
         The model, and the tokenizer that the checkpoint names as arguments of :func:`slope_pl.data.load_bpe`; empty if none.
@@ -46,7 +46,7 @@ def load_model(ckpt: str) -> tuple[GPT2, dict[str, str]]:
         OSError: if there is no such file or folder, or the hub does not deliver.
     """
     path = Path(ckpt).expanduser()
-    if path.is_file():
+    if is_checkpoint(path):
         return _from_checkpoint(path)
     if path.suffix == ".ckpt" and not path.exists():
         raise CheckpointError(f"no file {path} (working directory: {Path.cwd()}). Expected {_KINDS}.")
@@ -63,16 +63,14 @@ def _from_checkpoint(path: Path) -> tuple[GPT2, dict[str, str]]:
     if path.suffix in (".safetensors", ".bin"):
         expected = f"Give its folder: {path.parent}."
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        content = read_checkpoint(path, optimizer=False)
+    except CheckpointError as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint. {expected} ({error})") from error
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or "net.wte.weight" not in state:
-        found = (
-            f"its tensors are {', '.join(list(state)[:3])}, ..." if isinstance(state, dict) else "it has no state_dict"
-        )
+    state = content["state_dict"]
+    if "net.wte.weight" not in state:
+        found = f"its tensors are {', '.join(list(state)[:3])}, ..."
         raise CheckpointError(f"{path} is not of a GPT-2 of this recipe: {found}. {expected}")
-    module = GPT2Pretraining.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    module = load_module(GPT2Pretraining, path)
     assert module.net is not None, "load_from_checkpoint builds it"
     return module.net, content.get(TOKENIZER_KEY) or {}
 

@@ -18,13 +18,12 @@ from slope_pl.baselines.checks import (
 from slope_pl.baselines.config import BaselineConfig, FSTConfig, SRSTEConfig
 from slope_pl.baselines.layers import MaskedLinear
 from slope_pl.baselines.surgery import mask_layers
+from slope_pl.checkpoint.mark import BASELINE_FORMAT_VERSION, BASELINE_KEY
 from slope_pl.errors import ConversionError
 from slope_pl.lightning import rng
 from slope_pl.lightning.checks import strip_classes
+from slope_pl.lightning.restoring import record_optimizers
 from slope_pl.nn import was_densified
-
-CHECKPOINT_KEY = "slope_pl_baseline"
-FORMAT_VERSION = 1
 
 # Refreshed more often than this, the flip rate is logged only when the trainer logs, since reading it waits for the GPU.
 _RARE_ENOUGH_TO_LOG = 5
@@ -235,8 +234,9 @@ class BaselineCallback(pl.Callback, Generic[Config], ABC):
         if checkpoint.get(key):  # likewise configs of this package: the file then loads with weights_only=True
             hparams = checkpoint[key].items()
             checkpoint[key] = {k: v.to_dict() if isinstance(v, BaselineConfig) else v for k, v in hparams}
-        checkpoint[CHECKPOINT_KEY] = {
-            "format": FORMAT_VERSION,
+        record_optimizers(trainer, pl_module, checkpoint)
+        checkpoint[BASELINE_KEY] = {
+            "format": BASELINE_FORMAT_VERSION,
             "version": __version__,
             "method": self.prefix,
             "config": self.config.to_dict(),
@@ -248,8 +248,8 @@ class BaselineCallback(pl.Callback, Generic[Config], ABC):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Compare the run's method and config with the checkpoint's: the schedule may change, the layers may not."""
-        mark = checkpoint.get(CHECKPOINT_KEY)
-        for note in check_checkpoint(mark, self.prefix, self.config, FORMAT_VERSION):
+        mark = checkpoint.get(BASELINE_KEY)
+        for note in check_checkpoint(mark, self.prefix, self.config, BASELINE_FORMAT_VERSION):
             pl_module.print(f"{self.title}: {note}")
         assert mark is not None, "check_checkpoint refuses a file without the mark"
         self._random.load(mark["rng"])

@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 
 from slope_pl.baselines.config import BaselineConfig
 from slope_pl.baselines.layers import MaskedLinear
+from slope_pl.checkpoint.mark import check_format
 from slope_pl.errors import CheckpointError, ConversionError, ScheduleError
 
 
@@ -80,11 +81,7 @@ def check_checkpoint(mark: dict[str, Any] | None, method: str, config: BaselineC
             f"the checkpoint is of {kind}, this run is {method!r}: resume with the callback that it was made with, or load "
             "its weights into the model and start anew"
         )
-    if mark["format"] > newest:
-        raise CheckpointError(
-            f"the checkpoint has format {mark['format']} (slope_pl {mark['version']}); this slope_pl reads up to {newest}: "
-            "update it"
-        )
+    check_format(mark, newest)
     notes, own = [], config.to_dict()
     for key, saved in mark["config"].items():
         if key not in own or saved == own[key]:

@@ -90,17 +90,20 @@ class ResumableDataLoader(DataLoader[Batch]):
     def _skip(self, epoch: int) -> int:
         """How many batches of this epoch were handed out before the checkpoint.
 
+        Ranks take turns in one order. So with more ranks and batches smaller in proportion, all ranks together have had the
+        same items.
+
         Raises:
-            ValueError: The data, the seed, the batch size or the number of ranks changed in the middle of an epoch.
+            ValueError: The data, the seed, or the items of a batch of all ranks changed in the middle of an epoch.
         """
         state, self._resume = self._resume, None
         if state is None or state["epoch"] != epoch or state["batches"] == 0:
             return 0
-        changed = [
-            f"{key} was {state[key]} and is {value}"
-            for key, value in self._layout().items()
-            if state.get(key, value) != value
-        ]
+        layout = self._layout()
+        changed = [f"{key} was {state[key]} and is {own}" for key, own in layout.items() if state.get(key, own) != own]
+        before, now = ({key: own for key, own in part.items() if key in layout} for part in (state, layout))
+        if changed and "ranks" in before and _all_ranks(before) == _all_ranks(now):
+            return state["batches"]
         if changed:
             raise ValueError(
                 f"the checkpoint lies in the middle of epoch {epoch}, after batch {state['batches']}, but "
@@ -118,6 +121,12 @@ class ResumableDataLoader(DataLoader[Batch]):
             if i >= skip:
                 self._batches = i + 1
                 yield batch
+
+
+def _all_ranks(layout: dict[str, int]) -> dict[str, int]:
+    """A layout with the batch of all ranks together in place of the batch size and the number of ranks."""
+    rest = {key: value for key, value in layout.items() if key not in ("batch_size", "ranks")}
+    return rest | {"items": layout["batch_size"] * layout["ranks"]}
 
 
 class LoaderModule(pl.LightningDataModule):

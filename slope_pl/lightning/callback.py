@@ -10,14 +10,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from slope_pl.checkpoint.mark import CHECKPOINT_KEY, FORMAT_VERSION, OPTIMIZERS_KEY
 from slope_pl.config import SLoPeConfig, as_config
 from slope_pl.errors import ConversionError
 from slope_pl.lightning import rng
 from slope_pl.lightning.averaging import refuse_dense_copies, refuse_early_copies, share_masks_with_averages
 from slope_pl.lightning.calibration import calibrate_masks, convert, drop_dense_layers, refuse_provisional_masks
 from slope_pl.lightning.checks import (
-    CHECKPOINT_KEY,
-    FORMAT_VERSION,
     check_config,
     check_optimizers,
     check_ranks,
@@ -28,6 +27,7 @@ from slope_pl.lightning.checks import (
 from slope_pl.lightning.deepspeed import ZeroAdapters
 from slope_pl.lightning.optimizers import optimizer_notes
 from slope_pl.lightning.restore import RestoreGuard, check_counters, check_mark, check_phase
+from slope_pl.lightning.restoring import record_optimizers, resume_from_any
 from slope_pl.lightning.schedule import adapter_start_step, has_time_limit, planned_steps
 from slope_pl.nn import (
     SparseLinear,
@@ -86,6 +86,7 @@ class SLoPeCallback(pl.Callback):
         self._zero = None
         if isinstance(trainer.strategy, DeepSpeedStrategy) and stage == "fit":
             self._zero = ZeroAdapters(trainer.strategy)
+        resume_from_any(trainer.strategy, self._zero)
         if self.config is None:
             self.config = as_config(getattr(pl_module, "slope_config", None)) or SLoPeConfig()
         self._guard = RestoreGuard(trainer, pl_module, self.config)
@@ -290,6 +291,9 @@ class SLoPeCallback(pl.Callback):
 
         strip_classes(checkpoint, pl_module.CHECKPOINT_HYPER_PARAMS_KEY)
         share_masks_with_averages(trainer, pl_module)
+        if self._zero is not None:
+            checkpoint[OPTIMIZERS_KEY] = [self._zero.record()]
+        record_optimizers(trainer, pl_module, checkpoint)
         checkpoint[CHECKPOINT_KEY] = {
             "format": FORMAT_VERSION,
             "version": __version__,

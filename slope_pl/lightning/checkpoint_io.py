@@ -1,8 +1,6 @@
 """Checkpoints written straight to disk, whole or not at all."""
 
-import os
 import shutil
-import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from urllib.parse import urlparse
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from slope_pl.checkpoint.files import save_whole
 from slope_pl.errors import CheckpointError
 from slope_pl.lightning.resume import damage
 
@@ -42,9 +41,8 @@ class LocalCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(dict(checkpoint), path, storage_options)
             return
         final = Path(path)
-        final.parent.mkdir(parents=True, exist_ok=True)
         try:
-            _save_whole(checkpoint, final)
+            save_whole(dict(checkpoint), final)
         except (OSError, RuntimeError) as error:
             reason = _os_error(error)
             if reason is None:
@@ -70,20 +68,6 @@ class LocalCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, *args, **kwargs)
 
 
-def _save_whole(checkpoint: Mapping[str, Any], final: Path) -> None:
-    host = socket.gethostname()
-    _remove_leftovers(final.parent, host)
-    unfinished = final.with_name(f".{final.name}.{host}.{os.getpid()}.unfinished")
-    try:
-        with unfinished.open("wb") as stream:
-            torch.save(dict(checkpoint), stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        unfinished.replace(final)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def _os_error(error: BaseException | None) -> OSError | None:
     """What the system said: torch raises an error of its own over it ("unexpected pos 704 vs 598")."""
     while error is not None and not isinstance(error, OSError):
@@ -106,21 +90,3 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
     elif isinstance(tree, list | tuple):
         for value in tree:
             yield from _tensors(value)
-
-
-def _remove_leftovers(folder: Path, host: str) -> None:
-    """Remove what processes of this machine left that were killed while they saved."""
-    for file in folder.glob(f".*.{host}.*.unfinished"):
-        process = file.name.split(".")[-2]
-        if process.isdigit() and not _is_alive(int(process)):
-            file.unlink(missing_ok=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

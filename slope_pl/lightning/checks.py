@@ -8,12 +8,10 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
+from slope_pl.checkpoint.mark import check_format
 from slope_pl.config import SLoPeConfig
 from slope_pl.errors import CheckpointError, ConversionError, ScheduleError
 from slope_pl.nn import SparseLinear
-
-CHECKPOINT_KEY = "slope_pl"
-FORMAT_VERSION = 1
 
 # Settings that live in the weights' own state once a model is converted.
 _FIXED_AT_CONVERSION = frozenset({"mask", "seed", "adapter_rank", "adapter_rank_fraction", "include", "exclude"}) | {
@@ -21,17 +19,6 @@ _FIXED_AT_CONVERSION = frozenset({"mask", "seed", "adapter_rank", "adapter_rank_
     "keep_heads_dense",
     "mask_calibration_batches",
 }
-
-
-def check_format(mark: dict[str, Any]) -> None:
-    """Raise if a checkpoint was written by a newer version of this package, in a format that it changed."""
-    if mark["format"] < 1:
-        raise CheckpointError(f"the checkpoint has format {mark['format']}, 1 or more is expected: it is damaged")
-    if mark["format"] > FORMAT_VERSION:
-        raise CheckpointError(
-            f"the checkpoint has format {mark['format']} (slope_pl {mark['version']}); this slope_pl reads up to "
-            f"{FORMAT_VERSION}: update it"
-        )
 
 
 def check_strategy(strategy: Any) -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
 from torch.optim import Optimizer
 
+from slope_pl.checkpoint.mark import Groups, name_groups
 from slope_pl.errors import ScheduleError
 from slope_pl.lightning.optimizers import refuse_flattened
 from slope_pl.nn import SparseLinear, sparse_layers
@@ -26,16 +27,22 @@ class ZeroAdapters:
 
     Args:
         strategy: its setup of the engine is extended, on the instance.
+
+    Attributes:
+        groups: names of the parameters in the optimizer's groups, once the engine is made.
     """
 
     def __init__(self, strategy: DeepSpeedStrategy) -> None:
         self._strategy = strategy
         self._decays: dict[int, float] = {}
+        self._awake = False
+        self.groups: Groups = []
         original = type(strategy)._setup_model_and_optimizer
 
         def setup(model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None) -> Any:
             if optimizer is not None:
                 refuse_flattened(optimizer)
+                self.groups = name_groups(model, optimizer)  # ZeRO puts flat vectors in their place
                 self._decays = sleeping_groups(sparse_layers(model), optimizer)
             return original(strategy, model, optimizer, lr_scheduler)
 
@@ -43,6 +50,7 @@ class ZeroAdapters:
 
     def follow(self, awake: bool) -> None:
         """Give the adapters' groups the decay of their phase: at the start of training, which a checkpoint may have moved."""
+        self._awake = awake
         for index, decay in self._decays.items():
             self._strategy.optimizers[0].param_groups[index]["weight_decay"] = decay if awake else 0.0
 
@@ -51,6 +59,14 @@ class ZeroAdapters:
         self.follow(awake=True)
         for index in self._decays:
             restart_steps(self._strategy.optimizers[0], index)
+
+    def record(self) -> Groups:
+        """Names of the optimizer's groups for a checkpoint, with the decay that sleeping adapters are to have later."""
+        decays = {} if self._awake else self._decays
+        return [
+            {**group, "weight_decay": decays[index]} if index in decays else dict(group)
+            for index, group in enumerate(self.groups)
+        ]
 
 
 def sleeping_groups(layers: dict[str, SparseLinear], optimizer: Optimizer) -> dict[int, float]:

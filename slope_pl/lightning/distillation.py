@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slope_pl.checkpoint import read_checkpoint
 from slope_pl.errors import CheckpointError, ConfigError, ConversionError
 from slope_pl.nn import sparse_layers
 
@@ -170,7 +171,7 @@ def load_teacher(model: nn.Module, checkpoint: str | Path, prefix: str = "net.")
 
     Args:
         model: a dense net, changed in place; its head included, every tensor must be in the checkpoint.
-        checkpoint: file.
+        checkpoint: of any strategy.
         prefix: of the net's names in the checkpoint's LightningModule.
 
     Returns:
@@ -180,9 +181,9 @@ def load_teacher(model: nn.Module, checkpoint: str | Path, prefix: str = "net.")
         CheckpointError: if the file does not exist or does not hold this net, dense.
     """
     path = Path(checkpoint).expanduser()
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a file: the checkpoint of the teacher is expected")
-    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    if not path.exists():
+        raise CheckpointError(f"{path} is not there: the checkpoint of the teacher is expected")
+    state = read_checkpoint(path, optimizer=False)["state_dict"]
     own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     try:
         model.load_state_dict(own)

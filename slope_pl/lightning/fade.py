@@ -24,6 +24,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from slope_pl.checkpoint import read_checkpoint
 from slope_pl.config import SLoPeConfig, as_config, check_fraction, check_integer
 from slope_pl.errors import CheckpointError, ConfigError, ConversionError, ScheduleError
 from slope_pl.lightning.calibration import keeps_model_whole, training_norms
@@ -302,6 +303,6 @@ def _content(checkpoint: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(checkpoint, Mapping):
         return checkpoint
     path = Path(checkpoint).expanduser()
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a file: the checkpoint of the first stage is expected")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    if not path.exists():
+        raise CheckpointError(f"{path} is not there: the checkpoint of the first stage is expected")
+    return read_checkpoint(path, optimizer=False)

@@ -6,12 +6,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from slope_pl.checkpoint.convert import checkpoint_kind
+from slope_pl.checkpoint.mark import CHECKPOINT_KEY
 from slope_pl.config import SLoPeConfig, as_config
 from slope_pl.errors import CheckpointError
 from slope_pl.lightning.calibration import convert
 from slope_pl.lightning.callback import SLoPeCallback
-from slope_pl.lightning.checks import CHECKPOINT_KEY, strip_classes
+from slope_pl.lightning.checks import strip_classes
 from slope_pl.lightning.restore import check_content, check_layers, check_tensors, explain, why_unreadable
+from slope_pl.lightning.restoring import record_optimizers
 from slope_pl.lightning.sharding import shard
 from slope_pl.nn import sparse_layers, was_densified
 
@@ -55,8 +58,10 @@ class SLoPeLightningModule(pl.LightningModule):
         return callbacks
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the hyperparameters free of classes, so that the file loads with ``weights_only=True``."""
+        """Keep the hyperparameters free of classes, so that the file loads with ``weights_only=True``; name parameters."""
         super().on_save_checkpoint(checkpoint)
+        if self._trainer is not None:
+            record_optimizers(self.trainer, self, checkpoint)
         strip_classes(checkpoint, self.CHECKPOINT_HYPER_PARAMS_KEY)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -77,9 +82,16 @@ class SLoPeLightningModule(pl.LightningModule):
         """As in the base class, which reads a file without a look at its checksums.
 
         Raises:
-            CheckpointError: if the file is damaged, no checkpoint, or one of another model.
+            CheckpointError: if the file is damaged, no checkpoint, or one of another model; or a folder, which
+                :func:`slope_pl.checkpoint.load_module` reads.
         """
         if isinstance(checkpoint_path, str | Path):
+            if Path(checkpoint_path).is_dir():
+                kind = checkpoint_kind(checkpoint_path)
+                raise CheckpointError(
+                    f"{checkpoint_path} is a folder ({kind}), one file is expected: slope_pl.checkpoint.load_module("
+                    f"{cls.__name__}, ...) reads it"
+                )
             reason = why_unreadable(checkpoint_path)
             if reason is not None:
                 raise CheckpointError(reason)

@@ -11,10 +11,12 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from slope_pl.checkpoint.convert import is_checkpoint
+from slope_pl.checkpoint.mark import CHECKPOINT_KEY, check_format
 from slope_pl.config import SLoPeConfig
 from slope_pl.errors import CheckpointError
 from slope_pl.lightning.checkpoint_io import LocalCheckpointIO
-from slope_pl.lightning.checks import CHECKPOINT_KEY, check_config, check_format
+from slope_pl.lightning.checks import check_config
 from slope_pl.lightning.resume import damage
 from slope_pl.nn import sparse_layers
 
@@ -35,6 +37,7 @@ class RestoreGuard:
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, config: SLoPeConfig) -> None:
         self._trainer, self._module, self._config = trainer, module, config
         self._optimizers: int | None = None
+        self._read = trainer.strategy.load_checkpoint  # that of the class, or of resume_from_any, which begins anew
         trainer.strategy.load_checkpoint = self._load  # type: ignore[method-assign]
 
     def _load(self, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -43,7 +46,7 @@ class RestoreGuard:
         reason = strategy.broadcast(self._why_not(checkpoint_path) if strategy.is_global_zero else None)
         if reason is not None:
             raise CheckpointError(reason)
-        checkpoint = type(strategy).load_checkpoint(strategy, checkpoint_path, *args, **kwargs)
+        checkpoint = self._read(checkpoint_path, *args, **kwargs)
         # FSDP2 and DeepSpeed take tensors and optimizers out themselves, or have them in files of their own.
         whole = Path(checkpoint_path).is_file() and not isinstance(strategy, ModelParallelStrategy | DeepSpeedStrategy)
         check_content(checkpoint, whole)
@@ -95,17 +98,10 @@ def why_unreadable(path: str | Path, strategy: Any = None) -> str | None:
         strategy: that reads it; None reads files alone.
     """
     place = Path(path)
-    if not place.exists() or isinstance(
-        strategy, DeepSpeedStrategy
-    ):  # Lightning's and DeepSpeed's own errors name the path
+    if not is_checkpoint(place) or place.suffix == ".safetensors":  # which the reader itself says
         return None
-    if place.is_dir() and not isinstance(strategy, ModelParallelStrategy):
-        return (
-            f"{path} is a folder, one file is expected: a sharded checkpoint is read by the strategy that wrote it "
-            "(slope_fsdp2, slope_deepspeed_stage_...)"
-        )
     looks_itself = strategy is not None and isinstance(strategy.checkpoint_io, LocalCheckpointIO)
-    if looks_itself and not isinstance(strategy, ModelParallelStrategy):  # FSDP2 reads without it
+    if looks_itself and place.is_file() and not isinstance(strategy, ModelParallelStrategy | DeepSpeedStrategy):
         return None
     reason = damage(place)
     if reason is None:

@@ -8,6 +8,9 @@ import logging
 import zipfile
 from pathlib import Path
 
+from slope_pl.checkpoint.zero import describe_zero, is_zero_folder
+from slope_pl.errors import CheckpointError
+
 log = logging.getLogger(__name__)
 
 # What is written last into a folder: Lightning's of FSDP2, DeepSpeed's.
@@ -18,11 +21,16 @@ def damage(path: Path) -> str | None:
     """Why a checkpoint is not whole, or None.
 
     Args:
-        path: a file; or the folder of a sharded checkpoint, whose parts are looked at one by one.
+        path: a file; or the folder of a sharded checkpoint (FSDP2's, DeepSpeed's), whose parts are looked at one by one.
     """
     if path.is_dir():
-        zero = (path / _ZERO_MARK).is_file()
-        missing = [] if zero else [name for name in _SHARDED_MARK if not (path / name).exists()]
+        missing = [name for name in _SHARDED_MARK if not (path / name).exists()]
+        if is_zero_folder(path):
+            missing = [] if (path / _ZERO_MARK).is_file() else [_ZERO_MARK]
+            try:
+                describe_zero(path)
+            except CheckpointError as error:
+                return str(error)
         if missing:
             return f"it has no {missing[0]}: its save was not finished"
         files = [file for file in sorted(path.rglob("*.pt")) if file.is_file()]

@@ -132,9 +132,9 @@ def test_resume_with_another_configuration(tmp_path, original, config, says):
 def test_a_folder_in_the_place_of_a_file(tmp_path):
     folder = tmp_path / "it.ckpt"
     folder.mkdir()
-    with pytest.raises(CheckpointError, match="is a folder, one file is expected"):
+    with pytest.raises(CheckpointError, match="is no checkpoint; it holds nothing; expected"):
         make_trainer(tmp_path, SLoPeCallback(CONFIG)).fit(Toy(), ckpt_path=folder)
-    with pytest.raises(CheckpointError, match="is a folder, one file is expected"):
+    with pytest.raises(CheckpointError, match="is no checkpoint; it holds nothing; expected"):
         Sparse.load_from_checkpoint(folder)
 
 

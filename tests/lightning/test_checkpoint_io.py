@@ -35,3 +35,15 @@ def test_a_trainer_saves_and_resumes_through_it(tmp_path):
     make_trainer(tmp_path, SLoPeCallback(CONFIG)).validate(again, ckpt_path=tmp_path / "end.ckpt", verbose=False)
     assert_same(again.state_dict(), module.state_dict())
     assert isinstance(trainer.strategy.checkpoint_io, LocalCheckpointIO)
+
+
+def test_the_final_file_is_replaced_and_never_rewritten(tmp_path):
+    """Who has the old file open reads it to its end: a kill at any moment finds one of the two, whole."""
+    file = tmp_path / "last.ckpt"
+    LocalCheckpointIO().save_checkpoint({"a": torch.ones(1000)}, file)
+    content, number = file.read_bytes(), file.stat().st_ino
+    with file.open("rb") as stream:
+        LocalCheckpointIO().save_checkpoint({"a": torch.zeros(1000)}, file)
+        assert stream.read() == content
+    assert file.stat().st_ino != number
+    assert torch.equal(torch.load(file, weights_only=True)["a"], torch.zeros(1000))

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import os
 
 import lightning.pytorch as pl
 import pytest
@@ -201,6 +202,16 @@ def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
 def assert_same(a, b) -> None:
     """Bit-identical trees of tensors and numbers."""
     torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+class Bomb:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, trace):
+        self.trace = str(trace)
+
+    def __reduce__(self):
+        return os.mkdir, (self.trace,)
 
 
 class Recorder(pl.Callback):

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,8 @@ from recipes.gpt2.module import TOKENIZER_KEY, GPT2Pretraining
 from recipes.gpt2.pretrain import main
 from slope_pl import CheckpointError, sparse_layers
 from slope_pl.baselines import masked_layers
+from slope_pl.checkpoint import convert
+from slope_pl.checkpoint.__main__ import main as checkpoint_command
 from slope_pl.data import ShardError
 
 ROOT = Path(__file__).parents[2]
@@ -91,6 +95,19 @@ def test_the_table_speaks_of_the_device_that_trained(tmp_path, cache, monkeypatc
     assert asked == ["cpu"]
 
 
+def test_the_conversions_of_the_readme(sparse, tmp_path, monkeypatch):
+    (tmp_path / "zero3").mkdir()
+    shutil.copy(sparse["checkpoint"], tmp_path / "zero3" / "step=500.ckpt")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^python -m slope_pl\.checkpoint (.*)$", text, re.M)
+    monkeypatch.chdir(tmp_path)
+    for line in lines:
+        assert checkpoint_command(shlex.split(line, comments=True)) == 0
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"zero3", "full.ckpt", "shards.ckpt", "weights.safetensors", "hf"}
+    assert (tmp_path / "hf" / "config.json").is_file()
+
+
 def test_the_curve_has_every_step(fitted):
     lines = (Path(fitted["folder"]) / "curve.csv").read_text().splitlines()
     assert lines[0] == "step,tokens,train_loss,val_loss"
@@ -115,6 +132,10 @@ def test_export_and_load_from_checkpoint_give_the_same_logits(fitted, tmp_path, 
     assert len(sparse_layers(module)) + len(masked_layers(module)) == layers
     main(["export", "--ckpt_path", fitted["checkpoint"], "--folder", str(tmp_path / "hf")])
     assert str(tmp_path / "hf") in capsys.readouterr().out
+    convert(fitted["checkpoint"], tmp_path / "sharded.ckpt", to="sharded")  # as FSDP2 leaves it
+    main(["export", "--ckpt_path", str(tmp_path / "sharded.ckpt"), "--folder", str(tmp_path / "again")])
+    files = [tmp_path / name / "model.safetensors" for name in ("hf", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
     ids = torch.randint(0, 1024, (2, 32))
     with torch.no_grad():

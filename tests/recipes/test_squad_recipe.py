@@ -10,6 +10,7 @@ import torch
 from recipes.bert_large.module import BertSquad
 from recipes.bert_large.squad import main
 from slope_pl import CheckpointError, SLoPeConfig, sparse_layers
+from slope_pl.checkpoint import convert
 from slope_pl.data import read_squad, score_predictions
 from slope_pl.models import BertConfig
 
@@ -89,7 +90,8 @@ def test_load_from_checkpoint_and_export_give_the_same_logits(fitted, tmp_path):
     transformers = pytest.importorskip("transformers")
     module = BertSquad.load_from_checkpoint(fitted["checkpoint"], weights_only=True).eval()
     assert all(layer.adapters_awake for layer in sparse_layers(module).values())
-    main(["export", "--ckpt_path", fitted["checkpoint"], "--folder", str(tmp_path / "hf")])
+    convert(fitted["checkpoint"], tmp_path / "sharded.ckpt", to="sharded")  # as FSDP2 leaves it
+    main(["export", "--ckpt_path", str(tmp_path / "sharded.ckpt"), "--folder", str(tmp_path / "hf")])
     dense = transformers.BertForQuestionAnswering.from_pretrained(tmp_path / "hf").eval()
     ids = torch.randint(0, 2048, (2, 96))
     with torch.no_grad():

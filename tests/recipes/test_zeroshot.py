@@ -291,8 +291,8 @@ def test_errors_from_the_command_line(checkpoint, local, tmp_path, capsys, monke
     fails(f"Give its folder: {checkpoint.parent / 'export'}", ckpt=checkpoint.parent / "export" / "model.safetensors")
     for content, message in (
         ({"state_dict": {"net.bert.pooler.weight": torch.ones(1)}}, "its tensors are net.bert.pooler.weight, ..."),
-        ({"wte.weight": torch.ones(1)}, "it has no state_dict. Expected a checkpoint of recipes.gpt2"),
-        (torch.ones(1), "it has no state_dict"),
+        ({"wte.weight": torch.ones(1)}, "cannot be read as a checkpoint. Expected a checkpoint of recipes.gpt2"),
+        (torch.ones(1), "holds no state_dict"),
     ):
         torch.save(content, tmp_path / "other.ckpt")
         fails(message, ckpt=tmp_path / "other.ckpt")
