@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import (
 from slope_pl.config import SLoPeConfig, as_config
 from slope_pl.errors import ConfigError
 from slope_pl.lightning.callback import SLoPeCallback
+from slope_pl.lightning.module import SLoPeLightningModule
 
 
 class SLoPeStrategy:
@@ -29,7 +30,8 @@ class SLoPeStrategy:
         **kwargs: of the strategy.
 
     Raises:
-        ConfigError: when training begins, if the callback that is there has another config.
+        ConfigError: when training begins, if the callback that is there has another config, or a
+            :class:`SLoPeLightningModule` says that it is dense.
     """
 
     def __init__(self, *args: Any, config: SLoPeConfig | None = None, **kwargs: Any) -> None:
@@ -41,6 +43,12 @@ class SLoPeStrategy:
         super().connect(model)  # type: ignore[misc]
         callbacks: list[pl.Callback] = model.trainer.callbacks  # type: ignore[attr-defined]
         present = next((callback for callback in callbacks if isinstance(callback, SLoPeCallback)), None)
+        dense = isinstance(model, SLoPeLightningModule) and model.slope_config is None
+        if dense and present is None and self.slope_config is None:
+            raise ConfigError(
+                f"{type(model).__name__} is dense (slope=None), and {type(self).__name__} trains sparse: give the module "
+                "slope=SLoPeConfig(...), or use Lightning's own strategy (ddp, deepspeed_stage_2, ModelParallelStrategy)"
+            )
         if present is None:
             # First: callbacks that copy the model in their setup must see the converted layers.
             callbacks.insert(0, SLoPeCallback(self.slope_config))

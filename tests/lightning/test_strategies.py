@@ -142,6 +142,16 @@ def test_strategy_and_module_with_different_configs(tmp_path):
         trainer.fit(AsMixin(slope=CONFIG))
 
 
+def test_a_module_that_says_it_is_dense_is_not_made_sparse(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"AsMixin is dense \(slope=None\), and SLoPeSingleDeviceStrategy trains sparse"
+    ):
+        make_trainer(tmp_path, strategy="slope").fit(AsMixin(slope=None))
+    module = AsMixin(slope=None)
+    make_trainer(tmp_path, strategy=SLoPeSingleDeviceStrategy(config=CONFIG)).fit(module)  # asked for in so many words
+    assert sparse_layers(module)
+
+
 def test_callback_without_config_takes_the_strategys(tmp_path):
     callback = SLoPeCallback()
     make_trainer(tmp_path, callback, strategy=SLoPeSingleDeviceStrategy(config=CONFIG)).fit(Toy())
