@@ -98,7 +98,7 @@ def test_the_table_speaks_of_the_device_that_trained(tmp_path, cache, monkeypatc
 def test_the_conversions_of_the_readme(sparse, tmp_path, monkeypatch):
     (tmp_path / "zero3").mkdir()
     shutil.copy(sparse["checkpoint"], tmp_path / "zero3" / "step=500.ckpt")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "slope_pl/lightning/README.md").read_text(encoding="utf-8")
     lines = re.findall(r"^python -m slope_pl\.checkpoint (.*)$", text, re.M)
     monkeypatch.chdir(tmp_path)
     for line in lines:
