@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from slope_pl import SLoPeDDPStrategy, SLoPeModelParallelStrategy, SLoPeSingleDeviceStrategy, sparse_layers
 from slope_pl.checkpoint import convert
-from tests.distributed.sharded_worker import CPUZero, Late, Sparse, refused
+from tests.distributed.sharded_worker import CPUZero, Late, Sparse, refused, whole_state
 from tests.lightning.toy import Bomb, Net, make_trainer
 
 TOTAL_BATCH = 16
@@ -96,6 +96,23 @@ def halves(folder):
     stretch(folder / "bf16_ddp", SLoPeDDPStrategy(), 2, 8, zero3, precision="bf16-mixed")
 
 
+def evaluate(folder):
+    """What validation under a sharding strategy restores, from what others wrote, and from its own."""
+    zero3, zero2 = folder / "zero3" / "step=11.ckpt", folder / "zero2" / "step=16.ckpt"
+    cases = {
+        "zero3 by zero3": (CPUZero(stage=3), zero3),
+        "zero2 by zero3": (CPUZero(stage=3), zero2),
+        "zero3 by zero2": (CPUZero(stage=2), zero3),
+        "zero2 by fsdp2": (SLoPeModelParallelStrategy(), zero2),
+    }
+    restored = {}
+    for case, (strategy, path) in cases.items():
+        module = Steady(2, seed=7)
+        make_trainer(folder, devices=2, strategy=strategy, limit_val_batches=1).validate(module, ckpt_path=path)
+        restored[case] = whole_state(module), [layer.adapters_awake for layer in sparse_layers(module).values()]
+    return restored
+
+
 def widen(folder):
     """Four processes go on from what two wrote."""
     stretch(folder / "fsdp2_4", SLoPeModelParallelStrategy(), 4, 16, folder / "fsdp2" / "step=14.ckpt")
@@ -155,7 +172,7 @@ def built_in_parts(folder):
 
 
 SCENARIOS = {
-    "2": {"chain": chain, "halves": halves, "armed": armed, "built_in_parts": built_in_parts},
+    "2": {"chain": chain, "halves": halves, "evaluate": evaluate, "armed": armed, "built_in_parts": built_in_parts},
     "4": {"widen": widen},
 }
 

@@ -95,6 +95,18 @@ class OnCPU:
             dist_init_required=False,
         )[:2]
 
+    def _initialize_deepspeed_inference(self, model):
+        import deepspeed
+
+        def initialize(args, **settings):
+            return original(args=argparse.Namespace(device_rank=self.local_rank), **settings)
+
+        original, deepspeed.initialize = deepspeed.initialize, initialize
+        try:
+            super()._initialize_deepspeed_inference(model)
+        finally:
+            deepspeed.initialize = original
+
 
 class CPUZero(OnCPU, SLoPeDeepSpeedStrategy):
     pass

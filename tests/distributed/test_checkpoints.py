@@ -44,7 +44,7 @@ def runs(tmp_path_factory):
     stretch(folder / "single", single(), 1, 4)
     reports = [*report_of(2, WORKER, folder, 300), *report_of(4, WORKER, folder, 300)]
     for name, report in itertools.chain.from_iterable(report.items() for report in reports):
-        assert name in ("armed", "built_in_parts") or report is None, report
+        assert name in ("armed", "built_in_parts", "evaluate") or report is None, report
     stretch(folder / "end", single(), 1, 20, folder / "zero1.ckpt")
     stretch(folder / "end_fsdp2_4", single(), 1, 20, folder / "fsdp2_4" / "step=16.ckpt")
     stretch(folder / "end_zero3_4", single(), 1, 20, folder / "zero3_4" / "step=13.ckpt")
@@ -111,6 +111,17 @@ def test_deepspeeds_own_counters_go_on(runs, end, step):
     own = load_trusted(describe_zero(folder / end / f"step={step}.ckpt").models[0])
     assert own["global_steps"] == step
     assert own["global_samples"] == 16 * step
+
+
+@pytest.mark.parametrize("case", ["zero3 by zero3", "zero2 by zero3", "zero3 by zero2", "zero2 by fsdp2"])
+def test_validation_restores_the_weights_and_the_phase(runs, case):
+    folder, reports = runs
+    source = "zero3/step=11.ckpt" if case.startswith("zero3") else "zero2/step=16.ckpt"
+    want = read_checkpoint(folder / source, optimizer=False)["state_dict"]
+    for report in reports:
+        state, awake = report["evaluate"][case]
+        assert_same(state, want)
+        assert awake == [source.startswith("zero2")] * 3
 
 
 def test_folders_that_would_run_code_are_refused(runs):
