@@ -12,17 +12,13 @@ from slope_pl.models.bert_heads import (
 from slope_pl.models.bert_pretraining import PreTrainingLoss, pretraining_loss
 from slope_pl.models.encoders import ENCODER_TYPES, Encoder, EncoderTask, encoder_from_config, load_encoder
 from slope_pl.models.gpt2 import GPT2, GPT2Config, causal_lm_loss
-from slope_pl.models.hf import (
-    LoadReport,
+from slope_pl.models.hf import LoadReport, PretrainedMismatchError, load_config, load_pretrained, save_pretrained
+from slope_pl.models.hf_files import (
     PretrainedFiles,
     PretrainedFilesError,
-    PretrainedMismatchError,
     PretrainedUnavailableError,
-    load_config,
     load_model_type,
-    load_pretrained,
     locate_pretrained,
-    save_pretrained,
 )
 from slope_pl.models.hf_gpt2 import load_gpt2, load_gpt2_config, save_gpt2
 

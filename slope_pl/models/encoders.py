@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from slope_pl.models.bert_heads import QuestionAnsweringOutput, SequenceClassificationOutput
-from slope_pl.models.hf import PretrainedFilesError, PretrainedMismatchError, PretrainedUnavailableError
+from slope_pl.models.hf import PretrainedMismatchError
+from slope_pl.models.hf_files import PretrainedFilesError, PretrainedUnavailableError
 
 log = logging.getLogger(__name__)
 

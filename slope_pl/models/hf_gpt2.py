@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slope_pl.models.gpt2 import GPT2, GPT2Config
-from slope_pl.models.hf import PretrainedMismatchError, listing, locate_pretrained, read_tensors, replacing
+from slope_pl.models.hf import PretrainedMismatchError
+from slope_pl.models.hf_files import listing, locate_pretrained, read_tensors, replacing
 
 # What must agree between the checkpoint's config and the model's for the weights to mean the same. Rates of dropout and
 # of initialisation may differ, the size of the vocabulary may grow.

@@ -17,6 +17,7 @@ from slope_pl.models import (
     PretrainedMismatchError,
     PretrainedUnavailableError,
     hf,
+    hf_files,
     load_config,
     load_pretrained,
     locate_pretrained,
@@ -402,7 +403,7 @@ def test_the_hub_is_asked_for_safetensors_and_for_pickles_only_without_them(weig
             (cache_dir / name).write_bytes((repository / name).read_bytes())
         return str(cache_dir)
 
-    monkeypatch.setattr(hf, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(hf_files, "snapshot_download", snapshot_download)
     load_pretrained(model, "someone/bert", cache_dir=tmp_path / "cache")
     assert asked == [("someone/bert", tmp_path / "cache")] * (1 if weights == "model.safetensors" else 2)
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["config.json", weights]
