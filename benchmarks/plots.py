@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -11,18 +10,11 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.plot_style import STYLE
 from benchmarks.rows import Row
 from benchmarks.targets import TARGETS
 
 BLUE, ORANGE, BLACK = "#0072B2", "#E69F00", "#000000"
-STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text: a tenth of the size
-    "svg.hashsalt": "slope_pl",  # the same picture gives the same file
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "figure.facecolor": "white",  # also where the page is dark
-}
 Bars = tuple[str, str, str, str]  # label, suite, measure, colour
 
 SPEEDUPS: tuple[Bars, ...] = (

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plot_style import COLOURS, STYLE, pyplot
 from recipes.convergence import KINDS, Point
-from recipes.plot_style import COLOURS, STYLE
 
 PANELS = (
     ("cosine_down", "down"),
@@ -27,13 +27,9 @@ def convergence_curves(file: Path, runs: Mapping[str, Sequence[Point]], title: s
     Returns:
         False where matplotlib (extra ``bench``) is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
+    plt = pyplot()
+    if plt is None:
         return False
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
     found = dict.fromkeys(point.kind for points in runs.values() for point in points)
     kinds = [kind for kind in KINDS.values() if kind in found]
     kinds += [kind for kind in found if kind not in kinds]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.plot_style import COLOURS, STYLE
+from benchmarks.plot_style import COLOURS, STYLE, pyplot
 
 Points = Sequence[tuple[float, float]]
 
@@ -23,13 +23,9 @@ def loss_curves(
     Returns:
         False where matplotlib (extra ``bench``) is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
+    plt = pyplot()
+    if plt is None:
         return False
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
     with plt.rc_context(STYLE):
         rows = 1 if against is None else 2
         figure, panels = plt.subplots(rows, figsize=(9, 1 + 4 * rows), squeeze=False, sharex=True)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from recipes import launching
-from recipes.bert_large.ledger import Result, append, read
+from recipes.bert_large.ledger import Result, read
 from recipes.bert_large.methods import (
     MASKS,
     STARTS,
@@ -32,6 +32,7 @@ from recipes.bert_large.methods import (
     method_arguments,
 )
 from recipes.launching import RunError
+from recipes.ledger import append_row
 
 BestRates = Callable[[Sequence[Result]], Mapping[tuple[str, str, str], float]]
 _RUNS_A_PROCESS = 100  # then a fresh one: what leaks in a library stays bounded
@@ -209,7 +210,7 @@ def run_all(
                         left += 1
                         continue
                     if run.method != "fade" and run not in done:
-                        append(options.csv, result)
+                        append_row(options.csv, result)
                         done.add(run)
                     print(f"{run}: score {result.score:.2f}, {result.samples_per_second:,.0f} rows/s, "
                           f"{result.seconds:.0f} s", flush=True)  # fmt: skip

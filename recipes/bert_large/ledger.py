@@ -8,7 +8,7 @@ from typing import Any
 import lightning
 
 from recipes.bert_large.methods import Run
-from recipes.ledger import append_row, read_rows
+from recipes.ledger import read_rows
 from slope_pl.data.glue_tasks import TASKS
 
 _METRICS = ("matthews", "accuracy", "accuracy_mismatched", "f1", "pearson", "spearman", "exact_match")
@@ -87,8 +87,3 @@ def read(file: Path) -> list[Result]:
         SystemExit: if it is another kind of CSV, or a row is damaged.
     """
     return read_rows(file, Result)
-
-
-def append(file: Path, result: Result) -> None:
-    """Add a row, and the header to a new file."""
-    append_row(file, result)

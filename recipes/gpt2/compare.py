@@ -25,10 +25,11 @@ from recipes import launching
 from recipes.adapters import FILE as ADAPTERS
 from recipes.gpt2.adapters import append_trace, draw_traces, rank_table, read_traces, split_rank
 from recipes.gpt2.launch import data_arguments
-from recipes.gpt2.ledger import Curve, Result, append, append_curve, read, read_curves, run_name
+from recipes.gpt2.ledger import Curve, Result, append_curve, read, read_curves, run_name
 from recipes.gpt2.plans import FAMILIES, HERE, Plan, Queue, known_methods, plans
 from recipes.gpt2.report import draw, report
 from recipes.launching import RunError
+from recipes.ledger import append_row
 from recipes.meter import CURVE
 
 
@@ -184,7 +185,7 @@ def _work(queue: Queue, lane: Lane, location: Sequence[str]) -> None:
         with queue.lock:
             append_curve(options.csv, curve)  # first: a run counts as done once its row is there
             queue.traced += append_trace(options.csv, result.run, trace)
-            append(options.csv, result)
+            append_row(options.csv, result)
             queue.longest = max(queue.longest, time.perf_counter() - began)
         print(
             f"{label}: loss {result.val_loss:.4f}, {result.tokens_per_second:,.0f} tokens/s, {result.seconds:.0f} s",

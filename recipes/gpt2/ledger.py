@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.ledger import append_lines, append_row, read_rows
+from recipes.ledger import append_lines, read_rows
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,6 @@ def read(file: Path) -> list[Result]:
         SystemExit: if it is another kind of CSV, or a row is damaged.
     """
     return read_rows(file, Result)
-
-
-def append(file: Path, result: Result) -> None:
-    """Add a row, and the header to a new file."""
-    append_row(file, result)
 
 
 def append_curve(file: Path, curve: Curve) -> None:

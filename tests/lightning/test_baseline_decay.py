@@ -9,7 +9,7 @@ from slope_pl.baselines import (
     SRSTEConfig,
 )
 from tests.lightning.baseline_runs import BLOCKS, FST, SRSTE, fit
-from tests.lightning.toy import QUIET, Toy, assert_same
+from tests.lightning.toy import QUIET, Manual, Toy, assert_same
 
 pytestmark = QUIET
 
@@ -92,21 +92,10 @@ def test_methods_are_given_back_after_an_error(tmp_path):
     assert not {"configure_gradient_clipping", "configure_model"} & set(module.__dict__)
 
 
-class Manual(Toy):
+class ByHand(Manual):
     def __init__(self, optimizers=1):
         super().__init__()
-        self.automatic_optimization, self.count = False, optimizers
-
-    def training_step(self, batch, batch_idx):
-        loss = self.loss(batch)
-        self.losses.append(loss.item())
-        optimizers = self.optimizers()
-        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        self.manual_backward(loss)
-        for optimizer in optimizers:
-            optimizer.step()
+        self.count = optimizers
 
     def configure_optimizers(self):
         if self.count == 1:
@@ -118,18 +107,18 @@ class Manual(Toy):
 
 @pytest.mark.parametrize("config", [SRSTE, FST], ids=["srste", "fst"])
 def test_manual_optimization_trains_the_same(tmp_path, config):
-    manual, automatic = fit(tmp_path, config, Manual()), fit(tmp_path, config)
+    manual, automatic = fit(tmp_path, config, ByHand()), fit(tmp_path, config)
     assert manual.module.losses == automatic.module.losses
     assert_same(manual.module.state_dict(), automatic.module.state_dict())
 
 
 def test_two_optimizers_add_up_to_the_same_run(tmp_path):
     doubled = FSTConfig(targets=BLOCKS, decay=0.01, mask_refresh_steps=10, dense_finish_step=28)
-    two, one = fit(tmp_path, doubled, Manual(2), max_steps=40), fit(tmp_path, FST)
+    two, one = fit(tmp_path, doubled, ByHand(2), max_steps=40), fit(tmp_path, FST)
     assert two.module.losses == one.module.losses
     assert_same(two.module.state_dict(), one.module.state_dict())
 
 
 def test_two_optimizers_and_epochs_alone_are_an_error(tmp_path):
     with pytest.raises(ScheduleError, match="dense_finish_fraction is no mark"):
-        fit(tmp_path, FSTConfig(targets=BLOCKS), Manual(2), max_steps=-1, max_epochs=4)
+        fit(tmp_path, FSTConfig(targets=BLOCKS), ByHand(2), max_steps=-1, max_epochs=4)

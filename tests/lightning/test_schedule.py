@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from slope_pl import ScheduleError, SLoPeCallback, SLoPeConfig, sparse_layers
 from slope_pl.lightning.schedule import adapter_start_step
-from tests.lightning.toy import CONFIG, QUIET, Recorder, Tokens, Toy, assert_same, fit, make_trainer
+from tests.lightning.toy import CONFIG, QUIET, Manual, Recorder, Tokens, Toy, assert_same, fit, make_trainer
 
 pytestmark = QUIET
 
@@ -220,25 +220,6 @@ def test_frozen_layers_need_no_optimizer(tmp_path):
     for name, tensor in recorder.at[0].items():
         if name.startswith("net.blocks.0") and not name.endswith("adapter_active"):
             assert torch.equal(tensor, module.state_dict()[name]), name
-
-
-class Manual(Toy):
-    """Two optimizers by hand: every batch is two of Lightning's steps."""
-
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        loss = self.loss(batch)
-        self.losses.append(loss.item())
-        optimizers = self.optimizers()
-        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        self.manual_backward(loss)
-        for optimizer in optimizers:
-            optimizer.step()
 
 
 class TwoOptimizers(Manual):

@@ -158,6 +158,25 @@ class Toy(pl.LightningModule):
     predict_dataloader = val_dataloader
 
 
+class Manual(Toy):
+    """Optimizes by hand: with several optimizers every batch is as many of Lightning's steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.losses.append(loss.item())
+        optimizers = self.optimizers()
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+
+
 def eval_loader(length: int = 16):
     return torch.utils.data.DataLoader(Tokens(length), batch_size=length)
 

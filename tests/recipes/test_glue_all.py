@@ -11,8 +11,9 @@ import torch
 from recipes.bert_large import comparison, glue_all, glue_plan
 from recipes.bert_large.glue_report import PUBLISHED, best_rates, report
 from recipes.bert_large.glue_sample import write_sample
-from recipes.bert_large.ledger import Result, append, read
+from recipes.bert_large.ledger import Result, read
 from recipes.bert_large.methods import Run
+from recipes.ledger import append_row
 from slope_pl.data import DataUnavailableError
 
 
@@ -240,8 +241,8 @@ def result(task="rte", method="dense", rate=1e-4, seed=0, score=60.0, rank=0, **
 def test_file_reads_back_and_foreign_files_are_refused(tmp_path):
     file = tmp_path / "new" / "a.csv"
     one = result(f1=70.0, matthews=1.0, pearson=1.0, spearman=1.0, accuracy_mismatched=1.0, exact_match=1.0)
-    append(file, one)
-    append(file, replace(one, seed=1))
+    append_row(file, one)
+    append_row(file, replace(one, seed=1))
     assert read(file) == [one, replace(one, seed=1)]
     assert read(file)[0].run == one.run
     other = tmp_path / "other.csv"

@@ -17,25 +17,18 @@ import torch
 
 from recipes import launching
 from recipes.gpt2 import compare, report
-from recipes.gpt2.ledger import Curve, Result, append, append_curve, curves_file, read, read_curves
+from recipes.gpt2.ledger import Curve, Result, append_curve, curves_file, read, read_curves
 from recipes.gpt2.module import GPT2Pretraining
 from recipes.gpt2.plans import DEFAULT, FAMILIES, Plan, plans
 from recipes.gpt2.pretrain import main as pretrain
 from recipes.launching import RunError
+from recipes.ledger import append_row
 from recipes.loss_plot import _less
+from tests.recipes.tiny_gpt2 import NET
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
-    *(
-        "--model.gpt2.n_embd",
-        "32",
-        "--model.gpt2.n_layer",
-        "2",
-        "--model.gpt2.n_positions",
-        "32",
-        "--data.context",
-        "32",
-    ),
+    *NET,
     *("--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--trainer.limit_val_batches", "1"),
     *("--trainer.accelerator", "cpu", "--model.sample_tokens", "0", "--model.warmup", "1"),
 ]
@@ -199,7 +192,9 @@ def test_best_rates_are_taken_from_the_file(arguments, tmp_path):
         ("slope r=4", 4e-3, math.nan),
         ("slope r=4", 1e-3, 3),
     ):
-        append(tmp_path / "my.csv", row(method=name, settings=settings[name], rate=rate, val_loss=loss, family="tiny"))
+        append_row(
+            tmp_path / "my.csv", row(method=name, settings=settings[name], rate=rate, val_loss=loss, family="tiny")
+        )
     parsed = parse(arguments, options)
     found = [(plan.method, plan.rate, plan.seed) for plan in plans("tiny", *parsed)]
     assert found == [("dense", 2e-3, 0), ("slope r=4", 1e-3, 0), ("dense", 2e-3, 1), ("slope r=4", 1e-3, 1)]
@@ -274,7 +269,7 @@ def test_report_has_the_best_rate_and_the_spread(tmp_path):
     rows.append(row(settings="novels_dense.yaml --model.size medium", val_loss=3.5))
     rows.append(row(method="fst", settings="novels_fst.yaml", val_loss=math.nan))
     for result in rows:
-        append(tmp_path / "my.csv", result)
+        append_row(tmp_path / "my.csv", result)
     assert [r for r in read(tmp_path / "my.csv") if r.val_loss == r.val_loss] == [
         r for r in rows if r.val_loss == r.val_loss
     ]
@@ -294,7 +289,7 @@ def test_a_curve_that_was_begun_twice_is_the_second(tmp_path):
     result, file = row(), tmp_path / "my.csv"
     append_curve(file, Curve(result.run, [(1, 10, 5.0, math.nan), (2, 20, 4.0, math.nan)]))
     append_curve(file, Curve(result.run, [(1, 10, 5.5, math.nan), (2, 20, 4.5, math.nan), (2, 20, math.nan, 4.6)]))
-    append(file, result)
+    append_row(file, result)
     points = read_curves(file)[result.run].points
     assert [(step, loss) for step, _, loss, _ in points if loss == loss] == [(1, 5.5), (2, 4.5)]
     with curves_file(file).open() as stream:
@@ -307,7 +302,7 @@ def test_curves_are_drawn_in_the_order_of_their_losses_and_against_dense(tmp_pat
     for result in (row(), row(method="slope r=0", settings="novels_slope.yaml", val_loss=3.9)):
         points = [(1, 10, result.val_loss + 1, math.nan), (2, 20, result.val_loss, math.nan), (2, 20, math.nan, 4.6)]
         append_curve(file, Curve(result.run, points))
-        append(file, result)
+        append_row(file, result)
         report.draw(file)
         picture = (tmp_path / "my-curves.svg").read_text()
         assert ("loss minus that of" in picture) == (
@@ -320,6 +315,6 @@ def test_curves_are_drawn_in_the_order_of_their_losses_and_against_dense(tmp_pat
 
 def test_without_matplotlib_the_report_says_so(tmp_path, monkeypatch):
     append_curve(tmp_path / "my.csv", Curve(row().run, [(1, 10, 5.0, math.nan)]))
-    append(tmp_path / "my.csv", row())
+    append_row(tmp_path / "my.csv", row())
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "matplotlib is not installed" in report.draw(tmp_path / "my.csv")

@@ -1,4 +1,4 @@
-"""How the recipes' pictures look: SVG, in the colours of Okabe and Ito, which colour-blind readers tell apart."""
+"""How pictures look: SVG, in the colours of Okabe and Ito, which colour-blind readers tell apart."""
 
 from typing import Any
 
@@ -11,3 +11,15 @@ STYLE: Any = {
     "axes.spines.right": False,
     "figure.facecolor": "white",  # also where the page is dark
 }
+
+
+def pyplot() -> Any:
+    """Matplotlib's pyplot, drawing SVG; None where it (extra ``bench``) is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    return plt
