@@ -2,8 +2,13 @@
 
 import pytest
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from slope_pl import CheckpointError, SLoPeCallback, SLoPeConfig, SLoPeLightningModule, sparsify
+from slope_pl.lightning import LocalCheckpointIO
+from slope_pl.lightning.restore import why_unreadable
+from slope_pl.lightning.strategies import SLoPeDeepSpeedStrategy, SLoPeModelParallelStrategy
 from tests.faults.bad_inputs.case import contents, why_unclear
 from tests.faults.mutations import CONTENTS, FILES, HARMLESS, MARKS, MUTATIONS, TENSORS
 from tests.lightning.toy import CONFIG, QUIET, Net, Recorder, Toy, assert_same, make_trainer
@@ -127,6 +132,20 @@ def test_resume_with_another_configuration(tmp_path, original, config, says):
     torch.save(original, tmp_path / "it.ckpt")
     with pytest.raises(CheckpointError, match=says):
         make_trainer(tmp_path, SLoPeCallback(config)).fit(Toy(), ckpt_path=tmp_path / "it.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked_twice"),
+    [(SingleDeviceStrategy, False), (SLoPeModelParallelStrategy, True), (SLoPeDeepSpeedStrategy, True)],
+)
+def test_a_plugin_that_looks_itself_is_not_repeated_and_others_are(tmp_path, kind, asked_twice):
+    """FSDP2 and DeepSpeed read a file without the plugin."""
+    (tmp_path / "it.ckpt").write_text("damaged")
+    strategy = object.__new__(kind)
+    strategy._checkpoint_io = LocalCheckpointIO()
+    assert (why_unreadable(tmp_path / "it.ckpt", strategy) is not None) == asked_twice
+    strategy._checkpoint_io = TorchCheckpointIO()
+    assert "is damaged or no checkpoint" in why_unreadable(tmp_path / "it.ckpt", strategy)
 
 
 def test_a_folder_in_the_place_of_a_file(tmp_path):

@@ -71,6 +71,13 @@ def test_a_bad_loss_stops_and_is_named(tmp_path, value):
     assert all(torch.isfinite(t).all() for t in torch.load(newest, weights_only=True)["state_dict"].values())
 
 
+def test_it_stops_after_the_step_and_not_at_a_save(tmp_path):
+    module = Diverging(5)
+    with pytest.raises(NonFiniteError, match="optimizer step 5 "):
+        run(tmp_path, module, max_steps=20)
+    assert module.seen == 6, "one process has nobody to wait for"
+
+
 def test_a_bad_gradient_with_a_finite_loss_stops(tmp_path):
     saver = ModelCheckpoint(dirpath=tmp_path / "saved", filename="{step}", save_top_k=-1, every_n_train_steps=1)
     with pytest.raises(NonFiniteError, match=r"step 3 .*a gradient is nan in batches 3 to 3, whose values are \d"):
