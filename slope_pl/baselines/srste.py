@@ -9,7 +9,7 @@ from torch import nn
 from slope_pl.baselines.callback import BaselineCallback
 from slope_pl.baselines.config import SRSTEConfig
 from slope_pl.baselines.schedule import start_of_the_last, total_steps
-from slope_pl.lightning.callback import rebuild_ddp
+from slope_pl.lightning.ddp import rebuild_ddp
 
 
 class SRSTECallback(BaselineCallback[SRSTEConfig]):

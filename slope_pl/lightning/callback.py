@@ -8,7 +8,6 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from slope_pl.checkpoint.mark import CHECKPOINT_KEY, FORMAT_VERSION, OPTIMIZERS_KEY
 from slope_pl.config import SLoPeConfig, as_config
@@ -24,6 +23,7 @@ from slope_pl.lightning.checks import (
     product_dtype,
     strip_classes,
 )
+from slope_pl.lightning.ddp import keep_masks_at_home, rebuild_ddp
 from slope_pl.lightning.deepspeed import ZeroAdapters
 from slope_pl.lightning.optimizers import optimizer_notes
 from slope_pl.lightning.restore import RestoreGuard, check_counters, check_mark, check_phase
@@ -141,6 +141,7 @@ class SLoPeCallback(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Masks by activation norms, if no checkpoint brought any; its random numbers, before the data loader draws."""
+        keep_masks_at_home(trainer.strategy, self._layers.values())  # the model has just been wrapped
         calibrate_masks(trainer, pl_module, self._config)
         self._random.begin(trainer, pl_module.device)
 
@@ -230,6 +231,7 @@ class SLoPeCallback(pl.Callback):
         return step // every > self._last_resetup_step // every
 
     def _reset_backward_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        check_ranks(self._layers, step)
         churn = torch.stack([layer.refresh_backward_mask() for layer in self._layers.values()]).mean().item()
         self.resetups += 1
         self._last_resetup_step = step
@@ -241,9 +243,11 @@ class SLoPeCallback(pl.Callback):
             pl_module.print(f"SLoPe: step {step}: backward masks re-set, {churn:.2%} of their entries changed{note}.")
 
     def _wake(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        check_ranks(self._layers, step)  # now, because wrapping makes them alike
         woke = sum(layer.wake_adapters() for layer in self._layers.values())
         self.woke_at_step = step
         rebuild_ddp(trainer.strategy)
+        keep_masks_at_home(trainer.strategy, self._layers.values())
         if self._zero is not None:
             self._zero.woke()
         self._log(trainer, adapters_awake=1.0)
@@ -353,10 +357,3 @@ class SLoPeCallback(pl.Callback):
             adapter_down_norm=norm([layer.adapter_down for layer in layers]),
             adapter_up_norm=norm([layer.adapter_up for layer in layers]),
         )
-
-
-def rebuild_ddp(strategy: Any) -> None:
-    """Wrap the model anew: a reducer made while parameters were frozen ignores them, and ranks drift apart unseen."""
-    if isinstance(strategy.model, DistributedDataParallel):
-        strategy.model = strategy.lightning_module
-        strategy.configure_ddp()

@@ -1,12 +1,12 @@
 """What must hold before sparse training goes on: strategy, optimizers, and the checkpoint that is read."""
 
-import hashlib
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch import Tensor
 
 from slope_pl.checkpoint.mark import check_format
 from slope_pl.config import SLoPeConfig
@@ -84,32 +84,48 @@ def check_optimizers(trainer: pl.Trainer, layers: dict[str, SparseLinear]) -> No
                 )
 
 
-def check_ranks(layers: dict[str, SparseLinear]) -> None:
+def check_ranks(layers: dict[str, SparseLinear], step: int | None = None) -> None:
     """Raise unless all ranks have the same masks and phase: what is sharded or averaged would mean other entries on each.
+
+    Args:
+        layers: by name.
+        step: where training is; None before its start.
 
     Raises:
         ConversionError: naming the first rank that differs from rank 0 and its first layer that does.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
-    own = {name: _digest(layer) for name, layer in layers.items()}
+    own = dict(zip(layers, torch.stack([_digest(layer) for layer in layers.values()]).tolist(), strict=True))
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
     for rank, theirs in enumerate(everyone):
         if theirs == everyone[0]:
             continue
         differing = [name for name in {**everyone[0], **theirs} if everyone[0].get(name) != theirs.get(name)]
+        expected = (
+            "all ranks have to convert the same weights. Load the same weights or set the same seed on every rank before the "
+            "conversion."
+            if step is None
+            else f"they were alike before, and something changed them on one rank before step {step}. What trained since "
+            "then is of no use: change masks on all ranks alike, and go on from an earlier checkpoint."
+        )
         raise ConversionError(
-            f"rank {rank} has other masks than rank 0, in {len(differing)} layers ({differing[0]}, ...): all ranks have to "
-            "convert the same weights. Load the same weights or set the same seed on every rank before the conversion."
+            f"rank {rank} has other masks than rank 0, in {len(differing)} layers ({differing[0]}, ...): {expected}"
         )
 
 
-def _digest(layer: SparseLinear) -> str:
-    digest = hashlib.sha256()
-    for buffer in (layer.indices, layer.backward_indices, layer.adapter_active):
-        digest.update(buffer.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def _digest(layer: SparseLinear) -> Tensor:
+    """An int64 scalar on the layer's device, cheap enough for every re-setup.
+
+    Each eight bytes and their place are mixed into 64 bits (the constants are splitmix64's), and those added up.
+    """
+    phase = layer.adapter_active.expand(8)
+    words = torch.cat([layer.indices.flatten(), layer.backward_indices.flatten(), phase]).view(torch.int64)
+    mixed = words + torch.arange(len(words), device=words.device) * -0x61C8864680B583EB
+    mixed = (mixed ^ (mixed >> 30)) * -0x40A7B892E31B1A47
+    mixed = (mixed ^ (mixed >> 27)) * -0x6B2FB644ECCEEE15
+    return (mixed ^ (mixed >> 31)).sum()
 
 
 def strip_classes(checkpoint: dict[str, Any], hparams_key: str) -> None:

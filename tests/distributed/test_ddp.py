@@ -80,6 +80,35 @@ def test_resume_is_bit_identical_on_both_ranks(ranks, step):
 
 
 def test_operands_are_made_once_an_optimizer_step(ranks):
-    """DDP writes the buffers anew before a forward; that alone must not cost new operands at every micro-batch."""
+    """Four micro-batches share them."""
     for report in of(ranks, "operands"):
         assert report["made"] == 6 * 3
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "slope_ddp"])
+def test_other_buffers_are_sent_as_ever(ranks, strategy):
+    """Those of a batch norm are rank 0's when a forward begins, after the wake too; in between each rank moves its own."""
+    zero, one = of(ranks, f"batch_norm, {strategy}")
+    assert len(zero["begun_with"]) == 20
+    assert_same(zero["begun_with"], one["begun_with"])
+    own = "net.norm.running_mean"
+    assert not torch.equal(zero["model"].pop(own), one["model"].pop(own)), "the ranks must see different data"
+    del zero["model"]["net.norm.running_var"], one["model"]["net.norm.running_var"]
+    assert_same(zero["model"], one["model"])
+
+
+@pytest.mark.parametrize(
+    ("scenario", "says"),
+    [
+        ("differ at the start", "in 3 layers (net.blocks.0, ...): all ranks have to convert the same weights"),
+        ("differ at a re-setup", "in 1 layers (net.blocks.1, ...): they were alike before, and something changed"),
+        ("differ at a re-setup", "on one rank before step 10."),
+        ("columns differ at a re-setup", "on one rank before step 10."),
+        ("differ at the wake", "on one rank before step 12."),
+    ],
+)
+def test_a_rank_with_other_masks_is_an_error_on_all(ranks, scenario, says):
+    """At the start where DDP is told not to align buffers; later wherever they would be chosen or aligned anew."""
+    for report in ranks:
+        assert "ConversionError: rank 1 has other masks than rank 0" in report[scenario]
+        assert says in report[scenario]

@@ -13,31 +13,25 @@ WEIGHTS = FLOAT * BLOCKS * HIDDEN * HIDDEN  # of the layers that become sparse
 BIASES = FLOAT * BLOCKS * HIDDEN
 OTHERS = FLOAT * ((WIDTH + 1) * HIDDEN + (HIDDEN + 1) * 4)  # the dense first layer and head
 ADAPTERS = FLOAT * BLOCKS * 2 * RANK * HIDDEN
-MASKS = BLOCKS * (2 * HIDDEN * HIDDEN // 8 + 1)  # indices, backward_indices and the phase, uint8
 
 DENSE, SPARSE, WITH_ADAPTERS = "dense", "2:4, r = 0", f"2:4, r = {RANK}"
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    names = ("slope_ddp", "slope_ddp, broadcast_buffers=False", "slope_fsdp2")
+    names = ("ddp", "slope_ddp", "slope_fsdp2")
     ranks = report_of(2, "tests.distributed.volume", tmp_path_factory.mktemp("volume"), 240, *names)
     assert ranks[0] == ranks[1], "what goes through a collective operation is the same on every rank"
     return ranks[0]
 
 
-@pytest.mark.parametrize("masks", [True, False])
-def test_ddp_reduces_half(report, masks):
-    """And sends the masks with every forward, as it does all buffers, unless it is told not to."""
-    name = "slope_ddp" if masks else "slope_ddp, broadcast_buffers=False"
-    sent = {"broadcast": MASKS} if masks else {}
+@pytest.mark.parametrize("name", ["ddp", "slope_ddp"])
+def test_ddp_reduces_half_and_sends_no_masks(report, name):
+    """Nor after the wake, for which the model is wrapped anew. There are no other buffers: nothing is broadcast."""
     dense, half = WEIGHTS + BIASES + OTHERS, WEIGHTS // 2 + BIASES + OTHERS
     assert report[name, DENSE] == {ASLEEP: {"all-reduce": dense}, AWAKE: {"all-reduce": dense}}
-    assert report[name, SPARSE] == {step: {"all-reduce": half, **sent} for step in (ASLEEP, AWAKE)}
-    assert report[name, WITH_ADAPTERS] == {
-        ASLEEP: {"all-reduce": half, **sent},
-        AWAKE: {"all-reduce": half + ADAPTERS, **sent},
-    }
+    assert report[name, SPARSE] == {step: {"all-reduce": half} for step in (ASLEEP, AWAKE)}
+    assert report[name, WITH_ADAPTERS] == {ASLEEP: {"all-reduce": half}, AWAKE: {"all-reduce": half + ADAPTERS}}
 
 
 def test_fsdp2_gathers_and_scatters_half(report):

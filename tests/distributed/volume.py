@@ -24,7 +24,13 @@ from lightning.pytorch import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slope_pl import SLoPeConfig, SLoPeDDPStrategy, SLoPeLightningModule, SLoPeModelParallelStrategy
+from slope_pl import (
+    SLoPeCallback,
+    SLoPeConfig,
+    SLoPeDDPStrategy,
+    SLoPeLightningModule,
+    SLoPeModelParallelStrategy,
+)
 from tests.distributed.processes import report_of_two
 from tests.distributed.sharded_worker import CPUZero, PlainCPUZero, grouped
 from tests.lightning.toy import Toy, make_trainer
@@ -40,11 +46,8 @@ def fsdp2() -> st.ModelParallelStrategy:
 
 # Name -> strategy of a dense run, strategy of a sparse one.
 STRATEGIES: dict[str, tuple[Any, Any]] = {
+    "ddp": (st.DDPStrategy, st.DDPStrategy),
     "slope_ddp": (st.DDPStrategy, SLoPeDDPStrategy),
-    "slope_ddp, broadcast_buffers=False": (
-        partial(st.DDPStrategy, broadcast_buffers=False),
-        partial(SLoPeDDPStrategy, broadcast_buffers=False),
-    ),
     "slope_fsdp2": (fsdp2, SLoPeModelParallelStrategy),
     **{f"slope_deepspeed_stage_{n}": (partial(PlainCPUZero, stage=n), partial(CPUZero, stage=n)) for n in (1, 2, 3)},
 }
@@ -142,7 +145,8 @@ class Meter(pl.Callback):
 def measure(folder: Path, strategy: Any, config: SLoPeConfig | None) -> dict[int, dict[str, int]]:
     """Step -> operation -> bytes."""
     meter = Meter()
-    trainer = make_trainer(folder, meter, devices=2, strategy=strategy, max_steps=STEPS)
+    slope = [] if config is None else [SLoPeCallback()]
+    trainer = make_trainer(folder, *slope, meter, devices=2, strategy=strategy, max_steps=STEPS)
     trainer.fit(Measured(config))
     return meter.seen
 

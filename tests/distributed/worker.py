@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 
 from slope_pl import SLoPeCallback, SLoPeConfig, SLoPeDDPStrategy, ops
-from tests.lightning.toy import CONFIG, Net, Toy, hf_bert, hf_gpt2, make_trainer, snapshot
+from tests.lightning.toy import CONFIG, WIDTH, Net, Toy, hf_bert, hf_gpt2, make_trainer, snapshot
 
 RANK = int(os.environ.get("LOCAL_RANK", "0"))
 LONG = SLoPeConfig(backward_refresh_steps=20, adapter_rank=4, adapter_start=0.7)
@@ -37,7 +37,7 @@ class Manual(Toy):
 
 
 class Fingerprints(pl.Callback):
-    """A hash of the state before and after every batch: before is after the schedule acted, and before DDP's broadcast."""
+    """A hash of the state before and after every batch: before is after the schedule acted."""
 
     def __init__(self):
         self.seen = []
@@ -51,7 +51,7 @@ class Fingerprints(pl.Callback):
     def note(self, trainer, pl_module, when):
         digest = hashlib.sha256()
         for name, tensor in sorted(pl_module.state_dict().items()):
-            digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(name.encode() + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
         self.seen.append((trainer.global_step, when, digest.hexdigest()))
 
 
@@ -86,6 +86,35 @@ def resume(folder):
     return runs
 
 
+class Normed(Net):
+    """With buffers of its own, which each rank moves by its own data, and what they are when a forward begins."""
+
+    def __init__(self, seed):
+        super().__init__(seed)
+        self.norm, self.begun_with = torch.nn.BatchNorm1d(WIDTH), []
+
+    def forward(self, batch):
+        self.begun_with.append(self.norm.running_mean.clone())
+        return super().forward({"x": self.norm(batch["x"])})
+
+
+def batch_norm(folder, strategy):
+    module = Toy(Normed(RANK))
+    return train(folder, module=module, strategy=strategy) | {"begun_with": module.net.begun_with}
+
+
+class Intruder(pl.Callback):
+    """Before a step, changes a mask on one rank alone: a row becomes another one's."""
+
+    def __init__(self, step, buffer):
+        self.step, self.buffer = step, buffer
+
+    def on_train_batch_start(self, trainer, pl_module, *args):
+        if RANK == 1 and trainer.global_step == self.step:
+            rows = getattr(pl_module.net.blocks[1], self.buffer)
+            rows[0].copy_(next(row for row in rows[1:] if not torch.equal(row, rows[0])))
+
+
 def count_operands(folder):
     """Forward operands made in 6 steps of 4 micro-batches, in a precision where they are copies."""
     made, reference = [], ops.get_backend("reference")
@@ -100,8 +129,8 @@ OPTIONS = {
     "slope_ddp": lambda f: long(f, strategy="slope_ddp"),
     "static_graph": lambda f: long(f, strategy=DDPStrategy(static_graph=True)),
     "bucket_view": lambda f: long(f, strategy=DDPStrategy(gradient_as_bucket_view=True)),
-    # Then DDP does not align masks at its start either: both ranks have to convert the same weights.
-    "masks_not_sent": lambda f: long(f, module=Toy(Net(0)), strategy=DDPStrategy(broadcast_buffers=False)),
+    # Then DDP does not align masks at its start: both ranks have to convert the same weights.
+    "masks_not_aligned": lambda f: long(f, module=Toy(Net(0)), strategy=DDPStrategy(broadcast_buffers=False)),
     "find_unused": lambda f: long(f, strategy=DDPStrategy(find_unused_parameters=True)),
     "small_buckets": lambda f: long(f, strategy=DDPStrategy(bucket_cap_mb=0.001)),
     "manual": lambda f: long(f, module=Manual(Net(seed=RANK))),
@@ -116,6 +145,13 @@ OTHERS = {
     "hf_gpt2": lambda f: train(f, module=Toy(hf_gpt2()), strategy="slope_ddp"),
     "ema": lambda f: train(f, EMAWeightAveraging(decay=0.9)),
 }
+# Masks that differ: re-setups are at 5, 10 and 15, the wake is at 12.
+REFUSED = {
+    "differ at the start": lambda f: train(f, strategy=DDPStrategy(broadcast_buffers=False)),
+    "differ at a re-setup": lambda f: train(f, Intruder(8, "indices")),
+    "columns differ at a re-setup": lambda f: train(f, Intruder(5, "backward_indices"), strategy="slope_ddp"),
+    "differ at the wake": lambda f: train(f, Intruder(10, "backward_indices")),
+}
 SCENARIOS = {
     "plain": long,
     **OPTIONS,
@@ -124,6 +160,9 @@ SCENARIOS = {
     "float64_accumulate": lambda f: train(f, precision="64-true", accumulate_grad_batches=2),
     "resume": resume,
     "operands": count_operands,
+    "batch_norm, ddp": lambda f: batch_norm(f, "ddp"),
+    "batch_norm, slope_ddp": lambda f: batch_norm(f, "slope_ddp"),
+    **REFUSED,
 }
 
 
