@@ -13,6 +13,7 @@ FORMAT_VERSION = 1
 BASELINE_KEY = "slope_pl_baseline"
 BASELINE_FORMAT_VERSION = 1
 OPTIMIZERS_KEY = "slope_pl_optimizers"
+RNG_KEY = "slope_pl_rng"  # of a dense model, whose file has no mark
 
 Groups = list[dict[str, Any]]
 

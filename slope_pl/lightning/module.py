@@ -15,6 +15,7 @@ from slope_pl.lightning.callback import SLoPeCallback
 from slope_pl.lightning.checks import strip_classes
 from slope_pl.lightning.restore import check_content, check_layers, check_tensors, explain, why_unreadable
 from slope_pl.lightning.restoring import record_optimizers
+from slope_pl.lightning.rng import KeepRandomState, keeps_random_state
 from slope_pl.lightning.sharding import shard
 from slope_pl.nn import sparse_layers, was_densified
 
@@ -49,12 +50,14 @@ class SLoPeLightningModule(pl.LightningModule):
             shard(self, self.device_mesh["data_parallel"])
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """A :class:`SLoPeCallback` for this module's config, unless the Trainer has one."""
+        """A :class:`SLoPeCallback` for this module's config, unless the Trainer has one; a dense run resumes as exactly."""
         given = super().configure_callbacks()
         callbacks = [given] if isinstance(given, pl.Callback) else list(given)
         present = any(isinstance(callback, SLoPeCallback) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         if self.slope_config is not None and not present:
             callbacks.insert(0, SLoPeCallback(self.slope_config))
+        if self.slope_config is None and not keeps_random_state(self.trainer.callbacks):  # type: ignore[attr-defined]
+            callbacks.append(KeepRandomState())
         return callbacks
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Going on after a crash: the newest checkpoint of a folder that is whole.
+"""Going on after a crash: the newest checkpoint of a folder that is whole, and the data's place in its epoch.
 
 A checkpoint file is a zip archive, and every tensor in it has a checksum that ``torch.load`` does not look at. A damaged file
 that loads is worse than one that does not; here all of it is read and compared.
@@ -7,6 +7,8 @@ that loads is worse than one that does not; here all of it is read and compared.
 import logging
 import zipfile
 from pathlib import Path
+
+import lightning.pytorch as pl
 
 from slope_pl.checkpoint.zero import describe_zero, is_zero_folder
 from slope_pl.errors import CheckpointError
@@ -63,3 +65,15 @@ def last_good_checkpoint(folder: str | Path, pattern: str = "**/*.ckpt") -> Path
             return path
         log.warning("%s is damaged and left out: %s", path, reason)
     return None
+
+
+def make_loader_anew(trainer: pl.Trainer) -> None:
+    """Let a run that goes on from a checkpoint make its training loader again, and give that one its place in the epoch.
+
+    A module that asks for ``trainer.estimated_stepping_batches`` in ``configure_optimizers``, as for a schedule over epochs,
+    has the loader made there, before the restore. Lightning then never gives it its state, and the rest of the epoch would
+    be the epoch's first batches once more (Lightning 2.6, issue 20550). To be called once optimizers are made and before
+    training starts; where no checkpoint is read, nothing happens.
+    """
+    if trainer.ckpt_path is not None:
+        trainer.fit_loop._combined_loader = None

@@ -8,13 +8,16 @@ beginning of an epoch depends on them. A checkpoint may be written before or aft
 it found them, and a resumed run sets them before its loader is made, and again at its first batch if that is within an epoch.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
+from slope_pl.checkpoint.mark import RNG_KEY
 from slope_pl.errors import CheckpointError
+from slope_pl.lightning.resume import make_loader_anew
 
 State = dict[str, torch.Tensor]
 States = list[State]
@@ -39,7 +42,11 @@ class RandomState:
         self._saved = states
 
     def begin(self, trainer: pl.Trainer, device: torch.device) -> None:
-        """Before the training loop makes its loader's iterator; once restored and, for strategies that restore late, again."""
+        """Before the training loop makes its loader's iterator; once restored and, for strategies that restore late, again.
+
+        If it was made earlier, for a schedule that asked how many steps there are, it is made anew.
+        """
+        make_loader_anew(trainer)
         self._after_batch = None
         if self._saved is not None:
             restore(self._saved, trainer.global_rank, trainer.world_size, device)
@@ -71,6 +78,57 @@ class RandomState:
         """At the end of a validation within a fit: as if it had not been."""
         if self._after_batch is not None:
             _set(self._after_batch, device)
+
+
+class KeepRandomState(pl.Callback):
+    """Lets random numbers of a dense run go on from a checkpoint, as ``SLoPeCallback`` does for a sparse one."""
+
+    def __init__(self) -> None:
+        self._random = RandomState()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Restored, and before the data loader draws."""
+        self._random.begin(trainer, pl_module.device)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The loader has drawn."""
+        self._random.start(pl_module.device)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Say so if the numbers could not be restored."""
+        problem = self._random.before_batch(trainer, pl_module.device, batch_idx)
+        if problem is not None:
+            pl_module.print(f"{problem}; random numbers (dropout) differ from the uninterrupted run's.")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Before a validation."""
+        self._random.after_batch(pl_module.device)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """As if it had not been."""
+        self._random.after_validation(pl_module.device)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """The states of all ranks."""
+        checkpoint[RNG_KEY] = collect(pl_module.device)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep them for the start; now too, for strategies that restore after ``on_fit_start``."""
+        self._random.load(checkpoint.get(RNG_KEY))
+        self._random.begin(trainer, pl_module.device)
+
+
+def keeps_random_state(callbacks: Iterable[pl.Callback]) -> bool:
+    """Whether one of these callbacks does already."""
+    return any(isinstance(getattr(callback, "_random", None), RandomState) for callback in callbacks)
 
 
 def collect(device: torch.device) -> States:

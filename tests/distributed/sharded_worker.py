@@ -173,10 +173,21 @@ def train(folder, strategy, module=None, *callbacks, ckpt_path=None, save=False,
     return report
 
 
+class OverEpochs(Sparse):
+    """Asks how many steps there are, for which Lightning makes the loader before a checkpoint gives it its place."""
+
+    def configure_optimizers(self):
+        assert self.trainer.estimated_stepping_batches == 20
+        return super().configure_optimizers()
+
+
 def resumes(folder, make_strategy):
-    runs = {"whole": train(folder, make_strategy(), save=True)}
+    """20 steps in 5 epochs of 4 batches."""
+    epochs = {"max_steps": -1, "max_epochs": 5}
+    runs = {"whole": train(folder, make_strategy(), OverEpochs(), save=True, **epochs)}
     for step in RESUME_AT:
-        runs[step] = train(folder, make_strategy(), Sparse(Net(seed=7)), ckpt_path=folder / f"step={step}.ckpt")
+        file = folder / f"step={step}.ckpt"
+        runs[step] = train(folder, make_strategy(), OverEpochs(Net(seed=7)), ckpt_path=file, **epochs)
     return runs
 
 

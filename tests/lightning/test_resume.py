@@ -309,3 +309,44 @@ def test_a_plain_loader_shuffles_on_from_the_end_of_an_epoch(tmp_path):
 
 def test_validation_leaves_no_trace_in_training(tmp_path):
     assert dropping(tmp_path / "with", True, 1) == dropping(tmp_path / "without", True, 0)
+
+
+# ---------------------------------------------------------------------------------------------------- schedules over epochs
+
+
+class OverEpochs(SLoPeLightningModule, Dropping):
+    """Asks how many steps there are when it makes its optimizer, for which Lightning makes the training loader."""
+
+    def configure_optimizers(self):
+        total = self.trainer.estimated_stepping_batches
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)]
+
+
+@pytest.mark.parametrize("slope", [CONFIG, None], ids=["sparse", "dense"])
+@pytest.mark.parametrize(("step", "shuffle"), [(7, False), (8, False), (9, False), (8, True), (16, True)])
+def test_data_and_dropout_go_on_under_a_schedule_over_epochs(tmp_path, slope, step, shuffle):
+    """Within an epoch and at its end; a loader that shuffles by torch's generator at its end alone, without validation."""
+
+    def losses(*callbacks, seed, ckpt_path=None):
+        torch.manual_seed(seed)
+        module = OverEpochs(slope=slope, shuffle=shuffle, seed=seed)
+        settings = {"max_steps": -1, "max_epochs": 3, "limit_val_batches": 0 if shuffle else 1}
+        make_trainer(tmp_path, *callbacks, enable_checkpointing=ckpt_path is None, **settings).fit(
+            module, ckpt_path=ckpt_path
+        )
+        return module.losses
+
+    whole = losses(saver(tmp_path), seed=0)
+    assert losses(seed=5, ckpt_path=tmp_path / f"step={step}.ckpt") == whole[step:]
+
+
+def test_other_random_numbers_on_a_dense_resume_are_said(tmp_path, capsys):
+    module = OverEpochs(slope=None)
+    make_trainer(tmp_path, saver(tmp_path), enable_checkpointing=True, max_steps=3).fit(module)
+    saved = torch.load(tmp_path / "step=2.ckpt", weights_only=True)
+    assert len(saved["slope_pl_rng"]) == 1
+    saved["slope_pl_rng"] *= 2  # as two ranks write it
+    torch.save(saved, tmp_path / "two.ckpt")
+    make_trainer(tmp_path, max_steps=3).fit(OverEpochs(slope=None), ckpt_path=tmp_path / "two.ckpt")
+    assert "the random state of 2 ranks, this run has 1; random numbers (dropout) differ" in capsys.readouterr().out
