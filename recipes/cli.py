@@ -17,6 +17,7 @@ from recipes.checkpoints import refuse_foreign
 from recipes.launching import without_resume
 from slope_pl import CheckpointError, ConfigError
 from slope_pl.checkpoint import load_module
+from slope_pl.lightning import StopOnSignal
 from slope_pl.lightning.resume import damage
 
 Own = dict[str, Callable[[list[str]], None]]
@@ -101,6 +102,14 @@ class RecipeCLI(LightningCLI):
             chosen += ["--trainer.logger.init_args.version", choice.version]
         if from_process:
             sys.argv[1:] = [*without_resume(sys.argv[1:]), *chosen]  # processes that this one starts begin with these
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """From here on a signal before training says that nothing is saved: data are prepared before callbacks are asked."""
+        trainer = super().instantiate_trainer(**kwargs)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if self.subcommand == "fit" and isinstance(callback, StopOnSignal):
+                callback.watch(trainer)
+        return trainer
 
     def before_fit(self) -> None:
         """A run that continues from a checkpoint does not read other weights first."""

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from slope_pl.errors import ConfigError
 from slope_pl.lightning.agreement import Agreement
@@ -30,6 +31,10 @@ class StopOnSignal(pl.Callback):
     so that a signal to one rank stops all of them after the same step. Within a validation nothing is saved: the run stops
     after the first step that follows it.
 
+    Before training starts there is nothing to save: the process that gets the signal says so and ends at once, with the same
+    status. That holds from ``setup`` on; data modules are set up before callbacks, so call :meth:`watch` before ``fit`` to
+    have it while they prepare data too (the recipes' command line does).
+
     Under SLURM with ``SLURMEnvironment(auto_requeue=True)``, Lightning's default, the requeue signal (SIGUSR1 by default:
     ``#SBATCH --signal=SIGUSR1@90``) also puts the job back into the queue, as Lightning would; SIGTERM does not.
 
@@ -43,7 +48,7 @@ class StopOnSignal(pl.Callback):
 
     Raises:
         ConfigError: if a name is not that of a signal that can be handled.
-        SIGTERMException: from ``fit``, once the checkpoint is written. It is a ``SystemExit``.
+        SIGTERMException: from ``fit``, once the checkpoint is written, or before training starts. It is a ``SystemExit``.
     """
 
     def __init__(self, signals: tuple[str, ...] = ("SIGTERM", "SIGUSR1"), dirpath: str | None = None) -> None:
@@ -55,37 +60,88 @@ class StopOnSignal(pl.Callback):
                 )
         self.signals = tuple(signals)
         self.dirpath = dirpath
-        self._received = self._step = 0
-        self._users: dict[int, Any] = {}
+        self._received = self._step = self._process = 0
+        self._training = False
+        self._trainer: pl.Trainer | None = None
+        self._before: dict[int, Any] = {}
         self._agreement = Agreement()
 
+    def watch(self, trainer: pl.Trainer) -> None:
+        """Handle the signals from now on, before ``fit`` does anything; ``setup`` does the same."""
+        if self._trainer is None:
+            self._received, self._training, self._trainer = 0, False, trainer
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._process = os.getpid()
+        found = {number: signal.getsignal(number) for number in self._numbers(trainer)}
+        self._before |= {number: handler for number, handler in found.items() if handler != self._handle}
+        self._install()
+
+    def _install(self) -> None:
+        for number in self._before:
+            signal.signal(number, self._handle)
+
+    def _release(self, trainer: pl.Trainer) -> None:
+        """Give the signals back, and let Lightning, which sets back what it found, find those handlers."""
+        for number, handler in self._before.items():
+            handler = signal.SIG_DFL if handler is None else handler
+            if number in trainer._signal_connector._original_handlers:
+                trainer._signal_connector._original_handlers[number] = handler
+            signal.signal(number, handler)
+        self._before, self._trainer = {}, None
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Move to the end (a new list: the old one is being walked through), and see who handles the signals so far."""
+        """Move to the end (a new list: the old one is being walked through), and take the signals."""
         if stage == "fit":
-            found = {number: signal.getsignal(number) for number in self._numbers(trainer)}
-            self._users = {number: handler for number, handler in found.items() if callable(handler)}
             others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
             trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
+            self.watch(trainer)
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lightning has just set its handlers."""
+        self._install()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lightning has just set its handlers; it sets everything back at the end of the fit."""
-        self._received, self._step = 0, trainer.global_step
-        self._agreement.begin()
+        """Likewise, where there was no sanity check; it sets everything back at the end of the fit."""
         if threading.current_thread() is not threading.main_thread():
             log.warning("StopOnSignal has no effect: only the main thread of a process can handle signals")
-            return
-        for number in self._numbers(trainer):
-            signal.signal(number, self._take_note)
+        self._install()
+        if self._received:
+            self._leave(self._received)  # once more: somebody has caught it
+        self._training, self._step = True, trainer.global_step
+        self._agreement.begin()
 
     def _numbers(self, trainer: pl.Trainer) -> list[int]:
         named = [int(signal.Signals[name]) for name in self.signals]
         requeue = _requeue_signal(trainer)
         return named if requeue is None or requeue in named else [*named, requeue]
 
-    def _take_note(self, number: int, frame: FrameType | None) -> None:
-        self._received = max(self._received, number)
-        if number in self._users:
-            self._users[number](number, frame)
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        before = self._before.get(number)
+        if os.getpid() != self._process:  # a forked process, for which nobody set up anything
+            signal.signal(number, before or signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        first, self._received = not self._received, max(self._received, number)
+        if callable(before):
+            before(number, frame)
+        if first and not self._training:
+            self._leave(number)
+
+    def _leave(self, number: int) -> None:
+        assert self._trainer is not None, "handlers are set in watch()"
+        trainer, again = self._trainer, ""
+        rank: int = rank_zero_only.rank  # type: ignore[attr-defined]  # known before processes have found each other
+        if rank == 0 and number == _requeue_signal(trainer):
+            again = f" {_requeue()}."
+        place = f", rank {rank}" if trainer.world_size > 1 else ""
+        kept = f" {trainer.ckpt_path} stays what the run goes on from." if trainer.ckpt_path else ""
+        print(
+            f"{signal.Signals(number).name}{place}: it came before training began. Nothing was trained, so nothing is saved."
+            f"{kept}{again}",
+            flush=True,
+        )
+        raise SIGTERMException(128 + number)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -128,9 +184,15 @@ class StopOnSignal(pl.Callback):
         """A signal that comes after the last step ends nothing: the run is done."""
         self._agreement.end()
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """After Lightning has set its own handlers back."""
+        if stage == "fit":
+            self._release(trainer)
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Without waiting for the others, which may be gone."""
         self._agreement.drop()
+        self._release(trainer)
 
 
 def _requeue_signal(trainer: pl.Trainer) -> int | None:

@@ -1,7 +1,9 @@
 """A signal ends a run after the step in which it comes, with a checkpoint; the resumed run is the one that never stopped."""
 
+import contextlib
 import os
 import signal
+import time
 
 import lightning.pytorch as pl
 import pytest
@@ -145,6 +147,112 @@ def test_slurm_arrays_other_signals_and_failures(slurm, tmp_path, capsys, monkey
     monkeypatch.setenv("PATH", "")
     slurm_run(tmp_path, signal.SIGUSR1)
     assert "requeue the job by hand" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------- before training
+
+
+class Early(Toy):
+    """Gets a signal before it trains: at a hook, or in the sanity check."""
+
+    def __init__(self, number, hook):
+        super().__init__()
+        self.number, self.hook = number, hook
+
+    def strike(self, hook):
+        if hook == self.hook:
+            os.kill(os.getpid(), self.number)
+
+    def prepare_data(self):
+        self.strike("prepare_data")
+
+    def setup(self, stage):
+        self.strike("setup")
+
+    def on_fit_start(self):
+        self.strike("on_fit_start")
+
+    def validation_step(self, batch, batch_idx):
+        self.strike("sanity check")
+
+    def train_dataloader(self):
+        self.strike("train_dataloader")  # Lightning has set its handlers, and nobody was asked since
+        return super().train_dataloader()
+
+
+NOTHING = "it came before training began. Nothing was trained, so nothing is saved."
+
+
+@pytest.mark.parametrize("hook", ["prepare_data", "setup", "on_fit_start", "sanity check", "train_dataloader"])
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGUSR1", 138)])
+def test_before_training_it_ends_at_once_and_says_that_nothing_is_saved(tmp_path, capsys, name, status, hook):
+    number = signal.Signals[name]
+    before = signal.getsignal(number)
+    callback, module = StopOnSignal(dirpath=str(tmp_path)), Early(number, hook)
+    trainer = make_trainer(tmp_path, SLoPeCallback(CONFIG), callback, limit_val_batches=1)
+    if hook == "prepare_data":
+        callback.watch(trainer)
+    stopped(trainer, module, status)
+    assert capsys.readouterr().out.splitlines() == [f"{name}: {NOTHING}"]
+    assert hook != "sanity check" or not trainer.received_sigterm, "Lightning's handler would talk to the other ranks"
+    assert module.losses == []
+    assert not list(tmp_path.glob("*.ckpt"))
+    assert signal.getsignal(number) == before
+    make_trainer(tmp_path, SLoPeCallback(CONFIG), callback).fit(Toy())  # the same callback, and nothing left of it
+    assert signal.getsignal(number) == before
+
+
+def test_before_training_goes_on_its_checkpoint_stays(tmp_path, capsys):
+    stopped(make_trainer(tmp_path, StopOnSignal(dirpath=str(tmp_path))), Send(at=3), 143)
+    file = tmp_path / "stopped-step4.ckpt"
+    content, trainer = file.read_bytes(), make_trainer(tmp_path, StopOnSignal(dirpath=str(tmp_path)))
+    capsys.readouterr()
+    stopped(trainer, Early(signal.SIGTERM, "on_fit_start"), 143, ckpt_path=file)
+    assert f"{NOTHING} {file} stays what the run goes on from." in capsys.readouterr().out
+    assert file.read_bytes() == content
+
+
+def test_slurm_requeues_before_training_too(slurm, tmp_path, capsys):
+    for number, calls in ((signal.SIGTERM, []), (signal.SIGUSR1, ["requeue 417"])):
+        trainer = make_trainer(
+            tmp_path, StopOnSignal(dirpath=str(tmp_path)), plugins=[SLURMEnvironment()], limit_val_batches=1
+        )
+        stopped(trainer, Early(number, "sanity check"), 128 + number)
+        assert (slurm.read_text().splitlines() if slurm.exists() else []) == calls
+    assert f"SIGUSR1: {NOTHING} Job 417 is requeued." in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+def test_an_exit_that_somebody_catches_comes_again_at_the_start(tmp_path, capsys):
+    class Catching(Early):
+        def setup(self, stage):
+            with contextlib.suppress(SystemExit):
+                self.strike("setup")
+
+    module = Catching(signal.SIGTERM, "setup")
+    stopped(make_trainer(tmp_path, StopOnSignal(dirpath=str(tmp_path))), module, 143)
+    assert module.losses == []
+    assert capsys.readouterr().out.count(NOTHING) == 2
+
+
+def test_forked_processes_keep_the_handlers_that_were_there(tmp_path):
+    """A pool that prepares data ends its processes by SIGTERM: that is none of the run's."""
+    ends = []
+
+    class Forking(Toy):
+        def setup(self, stage):
+            ready, child_is = os.pipe()
+            child = os.fork()
+            if not child:
+                os.write(child_is, b".")  # past the start, where Python drops signals
+                time.sleep(60)
+                os._exit(0)
+            os.read(ready, 1)
+            os.kill(child, signal.SIGTERM)
+            ends.append(os.waitpid(child, 0)[1])
+
+    make_trainer(tmp_path, StopOnSignal(dirpath=str(tmp_path))).fit(Forking())
+    assert [os.WTERMSIG(status) for status in ends] == [signal.SIGTERM]
 
 
 @pytest.mark.parametrize("name", ["TERM", "SIGKILL", "SIGINT"])

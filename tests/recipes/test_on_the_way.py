@@ -1,6 +1,8 @@
 """SQuAD and GLUE, killed in the middle of an epoch: the checkpoint on the way is what the next start goes on from."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import yaml
 
 from recipes.bert_large import glue, squad
 from recipes.bert_large.glue_sample import write_sample
+from slope_pl.data import SquadDataModule
 from tests.recipes.test_squad_recipe import ROOT, SAMPLE, TINY
 
 FOLDER = ROOT / "recipes" / "bert_large"
@@ -80,3 +83,16 @@ def test_killed_within_an_epoch_it_ends_as_the_run_that_was_not(name, kind, tmp_
         assert results[0][key] == results[1][key]
     assert results[0]["steps"] == 16
     assert (results[0]["woke_at_step"] is None) == (kind == "dense")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_while_data_are_prepared_is_answered(name, tmp_path, monkeypatch, capfd):
+    number, before = signal.Signals[name], signal.getsignal(signal.Signals[name])
+    monkeypatch.setattr(SquadDataModule, "prepare_data", lambda self: os.kill(os.getpid(), number))
+    where = ["--trainer.logger.init_args.save_dir", str(tmp_path), "--trainer.accelerator", "cpu"]
+    with pytest.raises(SystemExit) as stop:
+        squad.main(["fit", "--config", str(FOLDER / "squad_sample.yaml"), "--model.bert", json.dumps(TINY), *where])
+    assert stop.value.code == 128 + number
+    assert f"{name}: it came before training began. Nothing was trained, so nothing is saved." in capfd.readouterr().out
+    assert not list(tmp_path.glob("**/*.ckpt"))
+    assert signal.getsignal(number) == before
