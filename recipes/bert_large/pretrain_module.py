@@ -18,6 +18,7 @@ from recipes.bert_large.pretrain_checkpoint import (
     load_pretraining_checkpoint,
     read_pretraining_checkpoint,
 )
+from recipes.compiling import compile_blocks, is_spread, release_blocks
 from slope_pl import SLoPeConfig, SLoPeLightningModule, dense_state_dict, sparse_layers
 from slope_pl.data import MlmDataModule
 from slope_pl.models import (
@@ -74,7 +75,8 @@ class BertPretraining(SLoPeLightningModule):
         betas: of the optimizer.
         epsilon: of the optimizer.
         always_adapt: let LAMB use its trust ratio for biases and norms too; the published runs do not.
-        compile: torch.compile the loss, on CUDA; the first step then takes a minute or so.
+        compile: torch.compile the loss, on CUDA, or block by block where weights are sharded; the first step then takes a
+            minute or so.
     """
 
     def __init__(
@@ -198,7 +200,10 @@ class BertPretraining(SLoPeLightningModule):
     def _training_loss(self) -> Callable[..., Any]:
         if not self._compiles():
             return _loss
-        if self._compiled is None:
+        if self._compiled is None and is_spread(self._model()):
+            compile_blocks(self._model())
+            self._compiled = _loss
+        elif self._compiled is None:
             self._compiled = torch.compile(_loss, dynamic=False)
         return self._compiled
 
@@ -234,6 +239,12 @@ class BertPretraining(SLoPeLightningModule):
         if layers := check_masks(self._model(), self.start_from):
             # Not self.print: the progress bar is closed by now, and its print would drop the text.
             print(f"Masks of {layers} layers are still those of {self.start_from}.", flush=True)
+
+    def teardown(self, stage: str) -> None:
+        """Let go of what was compiled."""
+        self._compiled = None
+        if self.net is not None:
+            release_blocks(self.net)
 
     # ------------------------------------------------------------------------------------------------ optimizer
 

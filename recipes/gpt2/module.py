@@ -1,6 +1,7 @@
 """GPT-2 pretraining as a LightningModule: dense, 2:4 sparse, or by one of the methods that is compared with."""
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -15,6 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from recipes.compiling import compile_blocks, is_spread, release_blocks
 from recipes.gpt2.optimizer import Schedule, parameter_groups, rate_schedule
 from recipes.gpt2.sampling import continue_text
 from slope_pl import SLoPeConfig, SLoPeLightningModule, dense_state_dict
@@ -42,7 +44,13 @@ METHODS = {"dense": "dense", "slope": "2:4 sparse", "srste": "Extended SR-STE", 
 _ROWS = 8192
 
 
-def next_token_loss(net: GPT2, input_ids: Tensor, targets: Tensor, rows: int | None = _ROWS) -> Tensor:
+def next_token_loss(
+    net: GPT2,
+    input_ids: Tensor,
+    targets: Tensor,
+    rows: int | None = _ROWS,
+    head_loss: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
     """Mean cross entropy of ``targets``, in float32 whatever the dtype of the logits.
 
     Args:
@@ -51,15 +59,18 @@ def next_token_loss(net: GPT2, input_ids: Tensor, targets: Tensor, rows: int | N
         targets: int64 ``(B, T)``, the token after each.
         rows: how many of the ``B * T`` tokens have their logits in memory at a time; more are made in pieces, and again in
             the backward pass. None for all: under torch.compile, which never stores them in float32.
+        head_loss: what takes the head, its input and targets, and gives the summed loss; eager by default.
 
     Returns:
         A scalar, in nats.
     """
     hidden, wanted = net.hidden_states(input_ids).flatten(0, 1), targets.flatten()
+    if head_loss is None:
+        head_loss = _head_loss
     if rows is None or len(wanted) <= rows:
-        return _head_loss(net.lm_head, hidden, wanted) / len(wanted)
+        return head_loss(net.lm_head, hidden, wanted) / len(wanted)
     parts = [
-        recompute(_head_loss, net.lm_head, h, t, use_reentrant=False, preserve_rng_state=False)
+        recompute(head_loss, net.lm_head, h, t, use_reentrant=False, preserve_rng_state=False)
         for h, t in zip(hidden.split(rows), wanted.split(rows), strict=True)
     ]
     return torch.stack(parts).sum() / len(wanted)
@@ -92,7 +103,8 @@ class GPT2Pretraining(SLoPeLightningModule):
         adapter_learning_rate_scale: factor on the rate of the adapters.
         betas: of AdamW.
         epsilon: of AdamW.
-        compile: torch.compile the training step, on CUDA; the first step then takes a minute or so.
+        compile: torch.compile the training step, on CUDA, block by block where weights are sharded; the first step then takes
+            a minute or so.
         gradient_checkpointing: keep only the layers' inputs for the backward pass: less memory, a third more time.
         sample_prompt: what the sample at the end of training continues; "" begins a new document.
         sample_tokens: its length; 0 for no sample.
@@ -259,7 +271,11 @@ class GPT2Pretraining(SLoPeLightningModule):
     def _training_loss(self) -> Callable[..., Tensor]:
         if not self._compiles():
             return next_token_loss
-        if self._compiled is None:
+        if self._compiled is None and is_spread(self._model()):
+            compile_blocks(self._model())
+            head_loss = torch.compile(_head_loss, dynamic=False)
+            self._compiled = functools.partial(next_token_loss, rows=None, head_loss=head_loss)
+        elif self._compiled is None:
             # The loss with the net: the logits' conversion to float32 is then part of the loss kernels.
             self._compiled = torch.compile(_whole_loss, dynamic=False)
         return self._compiled
@@ -302,6 +318,12 @@ class GPT2Pretraining(SLoPeLightningModule):
                 self._model(), data.load_tokenizer(), [self.sample_prompt], self.sample_tokens, window=data.context
             )
         return self.sample_prompt + text
+
+    def teardown(self, stage: str) -> None:
+        """Let go of what was compiled."""
+        self._compiled = None
+        if self.net is not None:
+            release_blocks(self.net)
 
     # ------------------------------------------------------------------------------------------------ optimizer
 

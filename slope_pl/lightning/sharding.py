@@ -16,8 +16,7 @@ def is_fully_sharded(module: nn.Module) -> bool:
 def shard(module: nn.Module, mesh: DeviceMesh) -> list[str]:
     """Apply ``fully_shard`` to every block of a LightningModule's nets, and to the nets.
 
-    A block is an entry of an outermost ``nn.ModuleList``: a transformer's layers. What is not in a block is gathered with the
-    net. A module that is sharded already is left as it is.
+    What is not in a block is gathered with the net. A module that is sharded already is left as it is.
 
     Args:
         module: whose children are the nets; converted already, as sparse layers cannot be made of sharded ones.
@@ -32,7 +31,7 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> list[str]:
     for name, net in module.named_children():
         if not any(True for _ in net.parameters()):
             continue
-        for path, block in _blocks(net, name):
+        for path, block in blocks(net, name):
             fully_shard(block, mesh=mesh)
             units.append(path)
         if not isinstance(net, nn.ModuleList):
@@ -44,9 +43,9 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> list[str]:
     return units
 
 
-def _blocks(net: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+def blocks(net: nn.Module, name: str = "") -> list[tuple[str, nn.Module]]:
+    """The entries of the outermost ``nn.ModuleList``s that have parameters, by qualified name: a transformer's layers."""
+    children = [(f"{name}.{key}".lstrip("."), child) for key, child in net.named_children()]
     if isinstance(net, nn.ModuleList):
-        return [
-            (f"{name}.{key}", block) for key, block in net.named_children() if any(True for _ in block.parameters())
-        ]
-    return [found for key, child in net.named_children() for found in _blocks(child, f"{name}.{key}")]
+        return [(path, child) for path, child in children if any(True for _ in child.parameters())]
+    return [found for path, child in children for found in blocks(child, path)]

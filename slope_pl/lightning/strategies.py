@@ -1,5 +1,7 @@
 """SLoPeStrategy: sparse training by the name of a strategy. The behaviour itself lives in callback and module."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -115,6 +117,15 @@ class SLoPeModelParallelStrategy(SLoPeStrategy, ModelParallelStrategy):
         super().__init__(
             *args, data_parallel_size=data_parallel_size, tensor_parallel_size=tensor_parallel_size, **kwargs
         )
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Build on the rank's own device, as every other strategy does: Lightning's is the CPU, where masks take minutes.
+
+        A model too large for one device is built on "meta" in ``configure_model``, which wins over this.
+        """
+        with nullcontext() if empty_init else self.root_device, super().tensor_init_context(empty_init):
+            yield
 
     def setup_environment(self) -> None:
         """All processes are one data-parallel group; Lightning's own "auto" would be the number of nodes."""

@@ -65,16 +65,17 @@ def refresh(
     ops = torch.ops.slope_cuda
     d_out, d_in = values.shape[0], values.shape[1] * 2
     values = values.contiguous()
-    if pair.forward is None:
-        pair.forward, change.pattern = _new_operand(values, d_out, d_in, pair.dtype), True
-    if change.pattern:
-        ops.write_metadata(indices, pair.forward, order_of(d_out, d_in, values.device))
+    if change.needs_forward:
+        if pair.forward is None:
+            pair.forward, change.pattern = _new_operand(values, d_out, d_in, pair), True
+        if change.pattern:
+            ops.write_metadata(indices, pair.forward, order_of(d_out, d_in, values.device))
     if change.needs_backward:
         if pair.backward is None:
-            pair.backward, change.columns = _new_operand(values, d_in, d_out, pair.dtype), True
+            pair.backward, change.columns = _new_operand(values, d_in, d_out, pair), True
         if change.columns:
             ops.write_metadata(backward_indices, pair.backward, order_of(d_in, d_out, values.device))
-    forward = None if pair.forward_is_values else pair.forward
+    forward = pair.forward if change.needs_forward and not pair.forward_is_values else None
     backward = pair.backward if change.needs_backward else None
     if forward is not None or backward is not None:
         ops.refresh(values, indices, backward_indices, forward, backward)
@@ -88,7 +89,7 @@ def _refresh_bias(pair: Pair, bias: Tensor) -> None:
         pair.bias = None  # the layer's own serves
         return
     if pair.bias is None or pair.bias.shape != bias.shape:
-        pair.bias = _lasting(tuple(bias.shape), pair.dtype, bias.device)
+        pair.bias = _allocate(tuple(bias.shape), pair, bias.device)
     pair.bias.copy_(bias)
 
 
@@ -130,14 +131,21 @@ def _direct_order_is_right(device: torch.device) -> bool:
     return True
 
 
-def _new_operand(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+def _new_operand(like: Tensor, rows: int, columns: int, pair: Pair) -> Tensor:
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "SparseLinear: operands cannot be allocated while a CUDA graph is recorded, run one training step (or "
             "layer.refresh_operands(dtype)) before"
         )
-    size = torch.ops.slope_cuda.operand_bytes(like, rows, columns, dtype, order_of(rows, columns, like.device))
-    return _lasting((size // 2,), dtype, like.device)
+    order = order_of(rows, columns, like.device)
+    size = torch.ops.slope_cuda.operand_bytes(like, rows, columns, pair.dtype, order)
+    return _allocate((size // 2,), pair, like.device)
+
+
+def _allocate(shape: tuple[int, ...], pair: Pair, device: torch.device) -> Tensor:
+    if not pair.lasting:
+        return torch.empty(shape, dtype=pair.dtype, device=device)
+    return _lasting(shape, pair.dtype, device)
 
 
 def _lasting(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -165,7 +173,7 @@ def own_values(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor] | None:
     alone = values.is_contiguous() and values.untyped_storage().nbytes() == values.nbytes
     if not alone or why_not(Place(values.device.type, values.dtype, d_out, d_in)) is not None:
         return None
-    operand = _new_operand(values, d_out, d_in, values.dtype)
+    operand = _new_operand(values, d_out, d_in, Pair(values.dtype, "cusparselt"))
     head = operand[: values.numel()].view(values.shape)
     head.copy_(values)
     # Through DLPack the weight gets a storage of its own size at the operand's address: saved and copied, it is itself and

@@ -143,7 +143,7 @@ class _EagerSparseLinear(torch.autograd.Function):
         pair = operands.current(values, indices, backward_indices, bias, x.dtype, backend, needs_dx)
         ctx.save_for_backward(x if values.requires_grad else None, values, indices, backward_indices)
         ctx.backend, ctx.bias_dtype = backend, None if bias is None else bias.dtype
-        ctx.backward_operand = pair.backward if needs_dx else None
+        ctx.backward_operand, ctx.operands = pair.backward if needs_dx else None, operands
         return _multiply(x, pair, indices, bias, backend)
 
     @staticmethod
@@ -154,7 +154,11 @@ class _EagerSparseLinear(torch.autograd.Function):
         backend = get_backend(ctx.backend)
         dx = dvalues = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = backend.dgrad(dy, ctx.backward_operand, backward_indices)
+            operand = ctx.backward_operand
+            if operand is None:  # transient
+                pair = ctx.operands.backward_of_now(values, indices, backward_indices, dy.dtype, ctx.backend)
+                operand = pair.backward
+            dx = backend.dgrad(dy, operand, backward_indices)
         if ctx.needs_input_grad[1]:
             dvalues = backend.wgrad(dy, x, indices, values.dtype)
         if ctx.needs_input_grad[4]:

@@ -140,6 +140,7 @@ class _EagerSparseMLP(torch.autograd.Function):
         y, hidden, pre = _forward(x, up, down, pairs, approximate, True, backend)
         ctx.save_for_backward(x if up.values.requires_grad else None, hidden, pre, *up[:3], *down[:3])
         ctx.backward_operands = pairs[0].backward if needs_dx else None, pairs[1].backward
+        ctx.operands = operands_up, operands_down
         ctx.approximate, ctx.backend = approximate, backend
         ctx.bias_dtypes = [None if weight.bias is None else weight.bias.dtype for weight in (up, down)]
         return y
@@ -152,9 +153,11 @@ class _EagerSparseMLP(torch.autograd.Function):
         by, needed = get_backend(ctx.backend), ctx.needs_input_grad
         gradients: list[Tensor | None] = [None] * 14
         if any(needed[:5]):
-            dpre = by.dgrad_gelu(dy, ctx.backward_operands[1], down_columns, pre, ctx.approximate)
+            operand = _backward_operand(ctx, 1, down_values, down_indices, down_columns, dy.dtype)
+            dpre = by.dgrad_gelu(dy, operand, down_columns, pre, ctx.approximate)
             if needed[0]:
-                gradients[0] = by.dgrad(dpre, ctx.backward_operands[0], up_columns)
+                operand = _backward_operand(ctx, 0, up_values, up_indices, up_columns, dy.dtype)
+                gradients[0] = by.dgrad(dpre, operand, up_columns)
             if needed[1]:
                 gradients[1] = by.wgrad(dpre, x, up_indices, up_values.dtype)
             if needed[4]:
@@ -164,6 +167,15 @@ class _EagerSparseMLP(torch.autograd.Function):
         if needed[8]:
             gradients[8] = bias_gradient(dy, ctx.bias_dtypes[1])
         return tuple(gradients)
+
+
+def _backward_operand(
+    ctx: Any, which: int, values: Tensor, indices: Tensor, columns: Tensor, dtype: torch.dtype
+) -> Tensor:
+    operand = ctx.backward_operands[which]
+    if operand is None:  # transient
+        operand = ctx.operands[which].backward_of_now(values, indices, columns, dtype, ctx.backend).backward
+    return operand
 
 
 _apply: Callable[..., Tensor] = super(torch.autograd.Function, _EagerSparseMLP).apply

@@ -25,16 +25,17 @@ class Pair:
         backward: what the input gradient multiplies; None until a training forward needs it.
         bias: a copy of the bias in ``dtype``, at an address that stays; None where the layer's own serves.
         forward_is_values: whether ``forward`` lies in the storage of the values themselves.
+        lasting: whether they are kept from one product to the next.
         captured: whether a refresh was recorded in a CUDA graph; from then on nothing is taken as current.
     """
 
     __slots__ = (
         *("_made", "_state", "_stream", "backend", "backward", "bias", "captured"),
-        *("dtype", "forward", "forward_is_values"),
+        *("dtype", "forward", "forward_is_values", "lasting"),
     )
 
-    def __init__(self, dtype: torch.dtype, backend: str) -> None:
-        self.dtype, self.backend = dtype, backend
+    def __init__(self, dtype: torch.dtype, backend: str, lasting: bool = True) -> None:
+        self.dtype, self.backend, self.lasting = dtype, backend, lasting
         self.forward: Tensor | None = None
         self.backward: Tensor | None = None
         self.bias: Tensor | None = None
@@ -63,13 +64,15 @@ class Change:
     Attributes:
         pattern: the forward mask is new: rebuild the forward metadata.
         columns: the backward choice is new: rebuild the backward metadata.
-        needs_backward: whether the backward operand is wanted.
+        needs_forward: whether the forward operand is wanted.
+        needs_backward: whether the backward operand is.
     """
 
-    __slots__ = ("columns", "needs_backward", "pattern")
+    __slots__ = ("columns", "needs_backward", "needs_forward", "pattern")
 
-    def __init__(self, pattern: bool, columns: bool, needs_backward: bool) -> None:
-        self.pattern, self.columns, self.needs_backward = pattern, columns, needs_backward
+    def __init__(self, pattern: bool, columns: bool, needs_backward: bool, needs_forward: bool = True) -> None:
+        self.pattern, self.columns = pattern, columns
+        self.needs_forward, self.needs_backward = needs_forward, needs_backward
 
 
 class _State:
@@ -114,7 +117,7 @@ class Operands:
 
     Attributes:
         adopted: whether they belong to a weight yet; those of a copied or unpickled layer do not.
-        transient: make them for each forward and keep none: of a weight that is gathered for its products alone, kept
+        transient: make them for each product and keep none: of a weight that is gathered for its products alone, kept
             ones would be the whole weight again.
     """
 
@@ -177,7 +180,7 @@ class Operands:
             bias: ``(d_out,)`` or None.
             dtype: of the product.
             backend: a resolved name.
-            needs_backward: whether an input gradient will be asked for.
+            needs_backward: whether an input gradient will be asked for; transient operands for it are made then.
         """
         pair = self._pairs.get((dtype, backend))
         if (
@@ -192,6 +195,8 @@ class Operands:
             if values.is_cuda:
                 pair.wait(values.get_device())
             return pair
+        if self.transient:
+            return self._transient(values, indices, backward_indices, bias, dtype, backend, True, False)
         return self.refresh(values, indices, backward_indices, bias, dtype, backend, needs_backward)
 
     def backward_of_now(
@@ -211,7 +216,27 @@ class Operands:
             and state.columns == _stamp(backward_indices)
         ):
             return pair
+        if self.transient:
+            return self._transient(values, indices, backward_indices, None, dtype, backend, False, True)
         return self.refresh(values, indices, backward_indices, None, dtype, backend, True)
+
+    def _transient(
+        self,
+        values: Tensor,
+        indices: Tensor,
+        backward_indices: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        backend: str,
+        forward: bool,
+        backward: bool,
+    ) -> Pair:
+        """Operands for one product, which nothing holds but that product."""
+        pair = Pair(dtype, backend, lasting=False)
+        everything = Change(pattern=True, columns=True, needs_backward=backward, needs_forward=forward)
+        with torch.inference_mode(False), torch.no_grad():
+            get_backend(backend).refresh(pair, values.detach(), indices, backward_indices, bias, everything)
+        return pair
 
     def refresh_all(self, values: Tensor, indices: Tensor, backward_indices: Tensor, bias: Tensor | None) -> None:
         """Bring every pair that exists up to date, in place: after a re-setup, for CUDA graphs that hold the buffers."""
@@ -233,11 +258,7 @@ class Operands:
     ) -> Pair:
         """Make the operands, current or not; arguments as in :meth:`current`."""
         if self.transient:
-            fresh = Pair(dtype, backend)
-            with torch.inference_mode(False), torch.no_grad():
-                everything = Change(pattern=True, columns=True, needs_backward=needs_backward)
-                get_backend(backend).refresh(fresh, values.detach(), indices, backward_indices, bias, everything)
-            return fresh
+            return self._transient(values, indices, backward_indices, bias, dtype, backend, True, needs_backward)
         if not self.belong_to(values, indices):
             kept = {key: pair for key, pair in self._pairs.items() if not pair.forward_is_values}
             self.adopt(values, indices)

@@ -42,10 +42,12 @@ def refresh(
     if not change.needs_backward:
         pair.backward = None
     pair.forward = None  # the old operands' memory is free before the new ones are made
-    pair.forward = values if pair.forward_is_values else values.to(pair.dtype)
+    cast = values if pair.forward_is_values else values.to(pair.dtype)
+    if change.needs_forward:
+        pair.forward = cast
     if change.needs_backward:
         pair.backward = None
-        pair.backward = backward_values(pair.forward, indices, backward_indices)
+        pair.backward = backward_values(cast, indices, backward_indices)
 
 
 @in_the_given_dtype

@@ -216,6 +216,27 @@ def test_activation_checkpointing(reentrant):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [(512, 256), (2048, 4096)])
+def test_transient_operands_give_the_bits_of_kept_ones(size, dtype, compiled):
+    """Of a weight that is gathered for its products alone: made for each of them, and held by nobody."""
+    layer = make(*size, dtype=dtype)
+    x, dy = inputs(layer, 256, dtype=torch.bfloat16)
+
+    def train(function):
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype is torch.float32):
+            return gradients(function, x, dy, [layer.values])
+
+    expected = train(layer)
+    layer._operands.become_transient(True)
+    assert layer.operand_bytes() == 0
+    for _ in range(2):
+        for a, b in zip(train(torch.compile(layer) if compiled else layer), expected, strict=True):
+            assert torch.equal(a, b)
+    assert layer.operand_bytes() == 0
+
+
 def test_opcheck_of_the_differentiable_product():
     layer = make()
     x, _ = inputs(layer, 16)

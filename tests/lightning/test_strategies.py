@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
+from torch import nn
 
 from slope_pl import (
     ConfigError,
@@ -224,3 +225,13 @@ def test_a_failed_run_leaves_the_module_its_own_configure_model(tmp_path):
     with pytest.raises(ZeroDivisionError):
         fit(tmp_path, module)
     assert "configure_model" not in vars(module)
+
+
+def test_fsdp2_builds_on_the_ranks_own_device(monkeypatch):
+    """Lightning's builds on the CPU, where choosing the masks of a large model takes minutes."""
+    strategy = SLoPeModelParallelStrategy()
+    monkeypatch.setattr(SLoPeModelParallelStrategy, "root_device", torch.device("meta"))
+    with strategy.tensor_init_context():
+        assert nn.Linear(8, 8).weight.is_meta
+        with torch.device("cpu"):
+            assert not nn.Linear(8, 8).weight.is_meta, "a device that the user names wins"

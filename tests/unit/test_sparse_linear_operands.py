@@ -10,11 +10,11 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from slope_pl import SparseLinear, ops
+from slope_pl import SLoPeConfig, SparseLinear, ops
 from slope_pl.nn import invalidate_operands
 from slope_pl.ops import backends
 from tests.unit.reference import gaussian
-from tests.unit.sparse_linear_cases import D_IN, assert_current, input_of, make, run
+from tests.unit.sparse_linear_cases import D_IN, D_OUT, assert_current, input_of, make, run
 
 
 @pytest.fixture
@@ -24,7 +24,9 @@ def made(monkeypatch):
 
     def refresh(pair, values, *rest):
         reference.refresh(pair, values, *rest)
-        calls.extend(["forward"] * (not pair.forward_is_values) + ["backward"] * rest[-1].needs_backward)
+        change = rest[-1]
+        cast = change.needs_forward and not pair.forward_is_values
+        calls.extend(["forward"] * cast + ["backward"] * change.needs_backward)
 
     monkeypatch.setitem(backends._REGISTRY, "reference", replace(reference, refresh=refresh))
     return calls
@@ -309,3 +311,26 @@ def test_a_layer_that_becomes_sharded_gives_its_operands_back_at_once(changed, m
     assert not operands.become_transient(False)
     assert_current(layer)
     assert layer.operand_bytes() > 0
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_transient_operands_are_made_for_one_product_each(fused, made):
+    """One that the backward pass wants is not made in the forward pass, to be held until then."""
+    up, down = make(), SparseLinear.from_linear(nn.Linear(D_OUT, D_IN), SLoPeConfig(), seed=1)
+    for layer in (up, down):
+        layer._operands.become_transient(True)
+    x = input_of(up).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        if fused:
+            weights, operands = (up._weight(), down._weight()), (up._operands, down._operands)
+            y = ops.sparse_mlp(x.bfloat16(), *weights, "none", "reference", operands)
+        else:
+            y = down(torch.nn.functional.gelu(up(x)))
+    assert made == ["forward"] * 2
+    y.sum().backward()
+    assert made == ["forward"] * 2 + ["backward"] * 2
+    kept = copy.deepcopy(nn.ModuleList([up, down]))
+    gradient, x.grad = x.grad, None
+    with torch.autocast("cpu", torch.bfloat16):
+        kept[1](torch.nn.functional.gelu(kept[0](x))).sum().backward()
+    assert torch.equal(gradient, x.grad)
