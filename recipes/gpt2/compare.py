@@ -10,13 +10,11 @@ order and begin with the same weights. Options that are not the runner's own go 
 """
 
 import argparse
-import multiprocessing
 import shlex
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -31,6 +29,9 @@ from recipes.gpt2.report import draw, report
 from recipes.launching import RunError
 from recipes.ledger import append_row
 from recipes.meter import CURVE
+
+SECONDS_AROUND_FIT = 20
+"""Start of a run's process, reading of the data, and its end; what the file has is the time in fit."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,11 +60,15 @@ def main(arguments: list[str] | None = None) -> int:
     add("--data", help="a text: file or folder; default: the novels of SLOPE_DATA_DIR")
     add("--tokenizer", help="default: GPT-2's, of SLOPE_DATA_DIR or from the hub")
     add("--runs", type=Path, default=Path("runs/gpt2-compare"), help="logs")
-    add("--budget-minutes", type=float, help="begin no run that would not end by then, going by the longest so far")
+    add(
+        "--budget-minutes",
+        type=float,
+        help="begin no run that would not end by then, going by what such runs took so far",
+    )
     add(
         "--in-process",
         action="store_true",
-        help="all runs in this process, or with --gpus in one for each: saves the start of Python and torch",
+        help="all runs in this process: saves the start of Python and torch",
     )
     add(
         "--gpus", nargs="+", type=int, metavar="GPU", help="make runs side by side, one on each of these GPUs (0 1 ...)"
@@ -107,10 +112,17 @@ def run_all(options: argparse.Namespace, overrides: list[str]) -> int:
         _name_untraced(options.csv, results, wanted)
     if name == "tiny" and options.data is None:
         location = []  # the bundled stories
-    lanes = [Lane(launching.one_gpu(index), options) for index in options.gpus or ()] or [Lane({}, options)]
-    queue = Queue(missing, options.budget_minutes, began)
+    if options.in_process and options.gpus:
+        raise SystemExit(
+            "--in-process with --gpus: runs side by side are processes of their own; leave one of them out"
+        )
+    lanes = [launching.one_gpu(index) for index in options.gpus or ()] or [{}]
+    seconds: dict[str, float] = {}
+    for result in results:
+        seconds[result.settings] = max(result.seconds + SECONDS_AROUND_FIT, seconds.get(result.settings, 0.0))
+    queue = Queue(missing, options.budget_minutes, began, seconds)
     with ThreadPoolExecutor(len(lanes)) as pool:
-        for work in [pool.submit(_work, queue, lane, location) for lane in lanes]:
+        for work in [pool.submit(_work, queue, lane, location, options) for lane in lanes]:
             work.result()
     if queue.plans:
         print(
@@ -126,58 +138,13 @@ def run_all(options: argparse.Namespace, overrides: list[str]) -> int:
     return min(len(failed), 1)
 
 
-class Lane:
-    """Where runs are made one after the other.
-
-    Args:
-        environment: set for their processes, or with ``--in-process`` for the one process that makes them all; if it is
-            empty, that is this one.
-        options: of the runner.
-    """
-
-    _starting = threading.Lock()
-
-    def __init__(self, environment: Mapping[str, str], options: argparse.Namespace) -> None:
-        self.environment, self.options = environment, options
-        self._pool: ProcessPoolExecutor | None = None
-
-    def train(self, plan: Plan, location: Sequence[str]) -> tuple[Result, Curve, Path]:
-        """Make one run; see :func:`train`.
-
-        Raises:
-            RunError: it failed, or the process died; the next run has another.
-        """
-        if not (self.options.in_process and self.environment):
-            return train(plan, location, self.options, self.environment)
-        if self._pool is None:
-            self._pool = self._start()
-        try:
-            return self._pool.submit(train, plan, location, self.options, {}).result()
-        except BrokenExecutor as error:
-            self._pool = None
-            raise RunError(f"its process died ({error})") from error
-
-    def _start(self) -> ProcessPoolExecutor:
-        """A process is born with the environment that it needs: libraries look at it as they are imported."""
-        with self._starting, launching.environment(self.environment):
-            pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-            pool.submit(int).result()  # processes start with their first task
-        return pool
-
-    def close(self) -> None:
-        """End the process."""
-        if self._pool is not None:
-            self._pool.shutdown()
-
-
-def _work(queue: Queue, lane: Lane, location: Sequence[str]) -> None:
-    """Make runs one after the other, until the queue gives none."""
-    options = lane.options
+def _work(queue: Queue, lane: Mapping[str, str], location: Sequence[str], options: argparse.Namespace) -> None:
+    """Make runs one after the other, with a lane's environment, until the queue gives none."""
     while (plan := queue.take()) is not None:
         label = f"{plan.method}, rate {plan.rate:g}, seed {plan.seed}"
         began = time.perf_counter()
         try:
-            result, curve, trace = lane.train(plan, location)
+            result, curve, trace = train(plan, location, options, lane)
         except RunError as error:
             queue.failed.append(label)
             print(f"{label} FAILED: {error}", flush=True)
@@ -186,12 +153,11 @@ def _work(queue: Queue, lane: Lane, location: Sequence[str]) -> None:
             append_curve(options.csv, curve)  # first: a run counts as done once its row is there
             queue.traced += append_trace(options.csv, result.run, trace)
             append_row(options.csv, result)
-            queue.longest = max(queue.longest, time.perf_counter() - began)
+            queue.took(plan, time.perf_counter() - began)
         print(
             f"{label}: loss {result.val_loss:.4f}, {result.tokens_per_second:,.0f} tokens/s, {result.seconds:.0f} s",
             flush=True,
         )
-    lane.close()
 
 
 def _name_untraced(file: Path, results: Sequence[Result], wanted: Sequence[Plan]) -> None:

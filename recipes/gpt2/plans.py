@@ -6,7 +6,7 @@ import math
 import shlex
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,19 +138,35 @@ class Queue:
 
     Args:
         plans: in order.
-        budget_minutes: begin no run that would not end by then, going by the longest so far; None for no limit.
+        budget_minutes: begin no run that would not end by then; None for no limit.
         began: by ``time.perf_counter()``.
+        seconds: what runs of the same settings took, by settings. One of which nothing is known takes as long as the longest
+            of this sitting so far.
     """
 
-    def __init__(self, plans: Sequence[Plan], budget_minutes: float | None, began: float) -> None:
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        budget_minutes: float | None,
+        began: float,
+        seconds: Mapping[str, float] | None = None,
+    ) -> None:
         self.plans, self.failed, self.longest, self.traced = list(plans), list[str](), 0.0, 0
         self.lock = threading.Lock()
         self._end = math.inf if budget_minutes is None else began + 60 * budget_minutes
+        self._seconds = dict(seconds or {})
 
     def take(self) -> Plan | None:
-        """The next run, if there is one and it would end in time."""
+        """The next run that would end in time, if there is one; the first run of a sitting is always begun."""
         with self.lock:
-            late = self.longest and time.perf_counter() + self.longest > self._end  # the first run is always begun
-            if not self.plans or late:
-                return None
-            return self.plans.pop(0)
+            left = self._end - time.perf_counter()
+            for plan in self.plans:
+                if not self.longest or self._seconds.get(plan.settings, self.longest) <= left:
+                    self.plans.remove(plan)
+                    return plan
+            return None
+
+    def took(self, plan: Plan, seconds: float) -> None:
+        """Remember how long a run took, start and end of its process included."""
+        self.longest = max(self.longest, seconds)
+        self._seconds[plan.settings] = max(seconds, self._seconds.get(plan.settings, 0.0))

@@ -4,12 +4,10 @@ import argparse
 import csv
 import dataclasses
 import math
-import os
 import shlex
 import subprocess
 import sys
 import threading
-from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 import pytest
@@ -17,9 +15,10 @@ import torch
 
 from recipes import launching
 from recipes.gpt2 import compare, report
+from recipes.gpt2 import plans as module
 from recipes.gpt2.ledger import Curve, Result, append_curve, curves_file, read, read_curves
 from recipes.gpt2.module import GPT2Pretraining
-from recipes.gpt2.plans import DEFAULT, FAMILIES, Plan, plans
+from recipes.gpt2.plans import DEFAULT, FAMILIES, Plan, Queue, plans
 from recipes.gpt2.pretrain import main as pretrain
 from recipes.launching import RunError
 from recipes.ledger import append_row
@@ -70,7 +69,7 @@ def test_runs_side_by_side(arguments, tmp_path, monkeypatch, capfd):
         return result, Curve(result.run, [(1, 1, 5.0, math.nan)]), tmp_path / "no trace"
 
     monkeypatch.setattr(compare, "train", one)
-    arguments = [argument for argument in arguments if argument != "--in-process"]
+    arguments.remove("--in-process")
     assert compare.main([*arguments, "--gpus", "0", "1"]) == 1
     assert {gpu for _, gpu in made} == {"4", "7"}
     assert sorted(rate for rate, _ in made) == [1e-3, 1e-3, 2e-3, 2e-3]
@@ -80,21 +79,27 @@ def test_runs_side_by_side(arguments, tmp_path, monkeypatch, capfd):
         compare.main([*arguments, "--gpus", "2"])
 
 
-def test_a_gpu_has_one_process_for_all_its_runs(arguments, tmp_path, monkeypatch, capfd):
+def test_runs_side_by_side_are_processes_of_their_own(arguments, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    assert compare.main([*arguments, "--gpus", "1", "--methods", "dense@1e-3,2e-3"]) == 0
-    assert [(r.method, r.rate) for r in read(tmp_path / "my.csv")] == [("dense", 1e-3), ("dense", 2e-3)]
+    with pytest.raises(SystemExit, match="--in-process with --gpus"):
+        compare.main([*arguments, "--gpus", "0", "1"])
 
-    lane = compare.Lane({"CUDA_VISIBLE_DEVICES": "7"}, argparse.Namespace(in_process=True))
-    lane._pool = lane._start()
-    assert lane._pool.submit(os.getenv, "CUDA_VISIBLE_DEVICES").result() == "7"
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,7"
-    died = lane._pool.submit(os._exit, 1)
-    with pytest.raises(BrokenExecutor):
-        died.result()
-    with pytest.raises(RunError, match="its process died"):
-        lane.train(Plan("tiny", "dense", "tiny_dense.yaml", 1e-3, 0), [])
-    assert lane._pool is None  # the next run starts another
+
+def test_a_run_is_begun_if_one_of_its_kind_would_end_in_time(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    long, short, new = (Plan("tiny", name, f"{name}.yaml", 1e-3, 0) for name in ("fst", "dense", "slope"))
+    queue = Queue([long, long, short, new], 5, began=100.0, seconds={"fst.yaml": 200.0, "dense.yaml": 50.0})
+    assert queue.take() is long, "the first is always begun"
+    queue.took(long, 210.0)
+    now[0] = 310.0  # 90 seconds are left
+    assert queue.take() is short
+    queue.took(short, 80.0)
+    assert queue.take() is None, "nothing is known of the third kind: as long as the longest"
+    assert queue.plans == [long, new]
+    now[0] = 100.0
+    assert queue.take() is long
+    assert queue.take() is new
 
 
 def test_a_lane_sets_the_environment_of_its_runs(tmp_path, monkeypatch):
