@@ -35,7 +35,15 @@ STRATEGIES = {
     "ZeRO-2": "slope_deepspeed_stage_2",
     "ZeRO-3": "slope_deepspeed_stage_3",
 }
-DENSE = {SINGLE: "auto", "DDP": "ddp", "ZeRO-2": "deepspeed_stage_2", "ZeRO-3": "deepspeed_stage_3"}
+FSDP2 = "lightning.pytorch.strategies.ModelParallelStrategy"
+DENSE = {
+    SINGLE: "auto",
+    "DDP": "ddp",
+    "FSDP2": FSDP2,
+    "ZeRO-1": "deepspeed_stage_1",
+    "ZeRO-2": "deepspeed_stage_2",
+    "ZeRO-3": "deepspeed_stage_3",
+}
 HEADER = (
     "| strategy | processes | ms a step | to one device | tokens/s | peak GiB | validation loss | re-setups, wake |\n"
     "|---|---|---|---|---|---|---|---|"
@@ -68,6 +76,9 @@ class Setting:
         names = DENSE if self.dense else STRATEGIES
         parts = [_dense_sibling(config) if self.dense else config]
         parts += ["--trainer.strategy", names[self.strategy], DEVICES, str(self.devices)]
+        if names[self.strategy] == FSDP2:
+            parts += ["--trainer.strategy.data_parallel_size", str(self.devices)]
+            parts += ["--trainer.strategy.tensor_parallel_size", "1"]
         parts += ["--model.compile", str(self.compiled).lower(), "--model.warmup", "0.1"]
         parts += ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps)]
         if not self.dense:
