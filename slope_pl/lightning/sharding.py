@@ -4,6 +4,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
+from slope_pl.nn import sparse_layers
+
 # Methods of a net that are called in place of forward: FSDP2 gathers the weights for those it knows.
 _OTHER_FORWARDS = ("hidden_states", "generate")
 
@@ -32,15 +34,21 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> list[str]:
         if not any(True for _ in net.parameters()):
             continue
         for path, block in blocks(net, name):
-            fully_shard(block, mesh=mesh)
+            _shard(block, mesh)
             units.append(path)
         if not isinstance(net, nn.ModuleList):
-            fully_shard(net, mesh=mesh)
+            _shard(net, mesh)
             units.append(name)
             for method in _OTHER_FORWARDS:
                 if hasattr(net, method):
                     register_fsdp_forward_method(net, method)
     return units
+
+
+def _shard(module: nn.Module, mesh: DeviceMesh) -> None:
+    fully_shard(module, mesh=mesh)
+    for layer in sparse_layers(module).values():
+        layer.note_sharding()  # at once: until then it holds on to the whole of its values
 
 
 def blocks(net: nn.Module, name: str = "") -> list[tuple[str, nn.Module]]:

@@ -145,10 +145,11 @@ class Operands:
         return [source.data_ptr() for source in self._sources] == [values.data_ptr(), indices.data_ptr()]
 
     def become_transient(self, transient: bool) -> bool:
-        """Keep none from now on, and drop those that are there; or keep them again."""
+        """Keep none from now on, and drop those that are there, with the hold on the weight as it lay whole; or keep again."""
         self.transient = transient
         if transient:
             self._pairs.clear()
+            self._sources = ()
         return transient
 
     def distrust(self) -> None:

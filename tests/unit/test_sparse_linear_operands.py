@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from slope_pl import SLoPeConfig, SparseLinear, ops
@@ -334,3 +335,13 @@ def test_transient_operands_are_made_for_one_product_each(fused, made):
     with torch.autocast("cpu", torch.bfloat16):
         kept[1](torch.nn.functional.gelu(kept[0](x))).sum().backward()
     assert torch.equal(gradient, x.grad)
+
+
+def test_a_layer_that_becomes_sharded_lets_go_of_its_whole_values():
+    layer = make()
+    run(layer)
+    whole = StorageWeakRef(layer.values.untyped_storage())
+    layer._operands.become_transient(True)
+    layer.values.data = layer.values.data.clone()  # as sharding does, with a part of them
+    assert whole.expired()
+    assert_current(layer)
