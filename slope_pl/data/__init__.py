@@ -7,7 +7,7 @@ from slope_pl.data.glue_metrics import GlueScores, glue_scores
 from slope_pl.data.glue_tasks import TASKS, TaskInfo
 from slope_pl.data.mlm_datamodule import MlmDataModule
 from slope_pl.data.mlm_pairs import MlmPairs
-from slope_pl.data.mlm_sentences import load_sentence_tokenizer, split_sentences
+from slope_pl.data.mlm_sentences import load_sentence_tokenizer
 from slope_pl.data.pair_tokenizer import PairTokenizer, load_pair_tokenizer
 from slope_pl.data.squad import Answer, DataUnavailableError, SquadExample, SquadFormatError, read_squad
 from slope_pl.data.squad_datamodule import SquadDataModule
@@ -15,8 +15,10 @@ from slope_pl.data.squad_decode import NBest, SquadSpans, decode_predictions, sc
 from slope_pl.data.squad_windows import SquadWindows, build_windows
 from slope_pl.data.text_datamodule import TextDataModule, TokenWindows
 from slope_pl.data.text_prepare import prepare_shards
+from slope_pl.data.text_sentences import split_sentences
 from slope_pl.data.text_shards import PackedTokens, ShardError, ShardIndex
 from slope_pl.data.text_sources import HubText, LocalText, TextFormatError
+from slope_pl.data.text_workers import WorkerError
 from slope_pl.data.tokenizer import load_wordpiece
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "TextFormatError",
     "TextTokenizer",
     "TokenWindows",
+    "WorkerError",
     "build_windows",
     "decode_predictions",
     "glue_scores",

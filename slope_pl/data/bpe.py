@@ -10,7 +10,6 @@ Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learner
 import hashlib
 import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +20,12 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.pre_tokenizers import ByteLevel
 
 from slope_pl.data.squad import DataUnavailableError
+from slope_pl.data.text_packing import Packer, TextPacker
 
 END_OF_TEXT = "<|endoftext|>"
 # Names of the two files of a vocabulary: OpenAI's and Hugging Face's. Files may have a common prefix, as in gpt2-encoder.json.
 _PAIRS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 _EXPECTED = "tokenizer.json, vocab.json and merges.txt, or encoder.json and vocab.bpe"
-_PIECE = 50_000  # characters; a book takes ten or so
-# GPT-2's pre-tokeniser always begins a word at a single space between letters, so that texts can be cut there.
-_CUT = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
 _PROBE = "It's 2:4 -- don't, naïve   \r\n\tDéjà-vu №7 日本語 👍🏽 <|endoftext|> "
 
 
@@ -42,7 +39,7 @@ class TextTokenizer:
         end_of_text: Id of the token that ends a document; 50256 for GPT-2.
         fingerprint: SHA-256 (hex) of vocabulary, merges, end-of-text id and the ids of a probe text. Equal for the same
             tokeniser in another file format.
-        can_be_cut: Whether a text may be cut between two words without other tokens coming out.
+        can_be_cut: Whether a text may be cut before white space without other tokens coming out.
     """
 
     encoder: Tokenizer
@@ -51,31 +48,14 @@ class TextTokenizer:
     fingerprint: str
     can_be_cut: bool
 
+    def packer(self, dtype: str) -> Packer:
+        """Make what turns texts into packed tokens, for shards of this dtype."""
+        return TextPacker(self.encoder, self.end_of_text, dtype, self.can_be_cut)
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, without end-of-text.
-
-        Long texts are handed over in pieces, so that one book keeps all threads busy and memory stays low.
-        """
-        pieces: list[str] = []
-        ends = []
-        for text in texts:
-            pieces += self.cut(text) if self.can_be_cut else [text]
-            ends.append(len(pieces))
-        rows = [encoding.ids for encoding in self.encoder.encode_batch_fast(pieces, add_special_tokens=False)]
-        out, start = [], 0
-        for end in ends:
-            out.append(rows[start] if end == start + 1 else [token for row in rows[start:end] for token in row])
-            start = end
-        return out
-
-    @staticmethod
-    def cut(text: str, length: int = _PIECE) -> list[str]:
-        """Cut a text between words, each piece ``length`` characters or somewhat more; one piece if there is no place."""
-        pieces, start = [], 0
-        while (found := _CUT.search(text, start + length)) is not None:
-            pieces.append(text[start : found.start()])
-            start = found.start()
-        return [*pieces, text[start:]]
+        """Return the token ids of each text, without end-of-text."""
+        packer = self.packer("<u4")
+        return [packer.array(packer.pack(text)).tolist() for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, end-of-text written out as its name."""

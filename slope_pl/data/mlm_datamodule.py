@@ -84,6 +84,8 @@ class MlmDataModule(TextDataModule):
         revision: Commit or tag of a hub data set; without it, changes on the hub go unnoticed.
         shard_tokens: Tokens a file of the prepared text.
         verify: Whether ``prepare_data`` reads all shards to compare their checksums, or compares sizes alone.
+        prepare_processes: How many processes tokenise a long text, 1 for one alone; None for one a core, 16 at most. Each
+            takes some 200 MB; what is prepared does not depend on their number.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -112,6 +114,7 @@ class MlmDataModule(TextDataModule):
         revision: str | None = None,
         shard_tokens: int = 1 << 25,
         verify: bool = True,
+        prepare_processes: int | None = None,
     ) -> None:
         for name, value, least in (
             ("max_length", max_length, _SHORTEST),
@@ -144,6 +147,7 @@ class MlmDataModule(TextDataModule):
             revision=revision,
             shard_tokens=shard_tokens,
             verify=verify,
+            prepare_processes=prepare_processes,
         )
         self.max_length, self.max_predictions = max_length, max_predictions
         self.short_probability, self.sentences = float(short_probability), sentences
@@ -187,6 +191,7 @@ class MlmDataModule(TextDataModule):
                 val_fraction=self.val_fraction,
                 shard_tokens=self.shard_tokens,
                 verify=self.verify,
+                processes=self.prepare_processes,
             )
             self._checked = True
         index, tokenizer = self._load(), self.load_tokenizer()

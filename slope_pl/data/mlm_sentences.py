@@ -1,4 +1,4 @@
-"""Sentences for BERT's pretraining: where a text is split, and how sentences lie in packed shards.
+"""Sentences for BERT's pretraining: how they lie in packed shards.
 
 Shards hold WordPiece ids, each sentence followed by the id of ``[SEP]`` and each document by that of ``[PAD]``. Neither can
 come out of text: the tokeniser is a bare one (`slope_pl.data.tokenizer`), to which "[SEP]" is three tokens.
@@ -8,60 +8,19 @@ Source of the units: Devlin et al. 2018, section 3.1 and appendix A.2; their pro
 
 import hashlib
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 from slope_pl.data.bpe import TextTokenizer
+from slope_pl.data.text_packing import SentencePacker
+from slope_pl.data.text_sentences import RULES, Sentences
 from slope_pl.data.text_sources import Document, TextSource
 from slope_pl.data.tokenizer import SPECIAL_TOKENS, load_wordpiece
 
-Sentences = Literal["prose", "lines"]
-
 LONGEST_SENTENCE = 256
 """Tokens. What has no full stop for longer (a table, a list of names) is cut, so that no batch has to read far."""
-
-# An end mark with closing quotes or brackets behind it and white space, or one of the full-width marks, or an empty line.
-_END = re.compile(r"""[.!?…]+["'”’»)\]]*(\s+)|[。！？]+["'”’」』）]*|\n[ \t\r]*\n\s*""")
-_OPENING = "\"'“‘«([-—–"
-_ABBREVIATION = re.compile(
-    r"(?:^|[\s(\"'“‘])(?:[A-Z]|Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|Rev|Gen|Col|Capt|Lt|Sgt|vs|e\.g|i\.e|cf)\.$"
-)
-
-
-def split_sentences(text: str, sentences: Sentences = "prose") -> list[str]:
-    """Split a document into sentences, none of them empty.
-
-    Args:
-        text: The document.
-        sentences: ``"prose"``: at an empty line, and after a full stop, question or exclamation mark that white space
-            follows and then no small letter; not after initials and common abbreviations of English. A line break alone
-            ends nothing: texts are often wrapped. ``"lines"``: each line is a sentence already.
-
-    Returns:
-        The sentences without the white space around them; joined, they hold every other character of the text.
-    """
-    if sentences == "lines":
-        return [line.strip() for line in text.split("\n") if line.strip()]
-    found, start = [], 0
-    for match in _END.finditer(text):
-        if match[1] is not None and not _ends(text, match):
-            continue
-        found.append(text[start : match.end()])
-        start = match.end()
-    return [part.strip() for part in (*found, text[start:]) if part.strip()]
-
-
-def _ends(text: str, match: re.Match[str]) -> bool:
-    if match[1].count("\n") > 1:  # an empty line
-        return True
-    follows = text[match.end() : match.end() + 4].lstrip(_OPENING)[:1]
-    if follows.islower():
-        return False
-    before = text[max(match.start() - 8, 0) : match.start() + 1]
-    return text[match.start()] != "." or _ABBREVIATION.search(before) is None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +33,7 @@ class SentenceTokenizer(TextTokenizer):
         cls: Id of ``[CLS]``.
         mask: Id of ``[MASK]``.
         unknown: Id of ``[UNK]``.
-        sentences: How documents are split; see `split_sentences`.
+        sentences: How documents are split; see `slope_pl.data.split_sentences`.
     """
 
     sentence_end: int
@@ -88,23 +47,11 @@ class SentenceTokenizer(TextTokenizer):
         """Ids of ``[PAD] [UNK] [CLS] [SEP] [MASK]``: never chosen for masking, never drawn as a random token."""
         return self.end_of_text, self.unknown, self.cls, self.sentence_end, self.mask
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text, each sentence with its end mark; a text without tokens gives []."""
-        pieces: list[str] = []
-        ends = []
-        for text in texts:
-            pieces += split_sentences(text, self.sentences)
-            ends.append(len(pieces))
-        rows = [encoding.ids for encoding in self.encoder.encode_batch_fast(pieces, add_special_tokens=False)]
-        out, start = [], 0
-        for end in ends:
-            ids: list[int] = []
-            for row in rows[start:end]:
-                for cut in range(0, len(row), LONGEST_SENTENCE):
-                    ids += [*row[cut : cut + LONGEST_SENTENCE], self.sentence_end]
-            out.append(ids)
-            start = end
-        return out
+    def packer(self, dtype: str) -> SentencePacker:
+        """Make what turns texts into packed tokens, each sentence with its end mark; a text without any gives none."""
+        return SentencePacker(
+            self.encoder, self.end_of_text, dtype, self.sentence_end, LONGEST_SENTENCE, self.sentences
+        )
 
 
 def load_sentence_tokenizer(source: str | os.PathLike[str], sentences: Sentences = "prose") -> SentenceTokenizer:
@@ -121,7 +68,7 @@ def load_sentence_tokenizer(source: str | os.PathLike[str], sentences: Sentences
     encoder = load_wordpiece(source)
     vocabulary = encoder.get_vocab()
     pad, unknown, cls, sep, mask = (vocabulary[token] for token in SPECIAL_TOKENS)
-    rules = f"{sentences} {LONGEST_SENTENCE} {_END.pattern} {_ABBREVIATION.pattern}"
+    rules = f"{sentences} {LONGEST_SENTENCE} {RULES}"
     digest = hashlib.sha256((encoder.to_str() + rules).encode()).hexdigest()
     size = 1 + max(vocabulary.values())
     return SentenceTokenizer(encoder, size, pad, digest, False, sep, cls, mask, unknown, sentences)

@@ -137,6 +137,8 @@ class TextDataModule(LoaderModule):
         end_of_text: The token that ends a document.
         shard_tokens: Tokens a file of the prepared text.
         verify: Whether ``prepare_data`` reads all shards to compare their checksums, or compares sizes alone.
+        prepare_processes: How many processes tokenise a long text, 1 for one alone; None for one a core, 16 at most. Each
+            takes some 200 MB; what is prepared does not depend on their number.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -162,6 +164,7 @@ class TextDataModule(LoaderModule):
         end_of_text: str = END_OF_TEXT,
         shard_tokens: int = 1 << 25,
         verify: bool = True,
+        prepare_processes: int | None = None,
     ) -> None:
         super().__init__()
         counts = {"context": context, "batch_size": batch_size, "eval_batch_size": eval_batch_size, "seed": seed}
@@ -172,6 +175,8 @@ class TextDataModule(LoaderModule):
         if cache_dir is not None:
             check_place("cache_dir", cache_dir)
         check_flag("verify", verify)
+        if prepare_processes is not None:
+            check_integer("prepare_processes", prepare_processes, 1, "; None for one a core")
         texts = {"text_field": text_field, "split": split, "end_of_text": end_of_text}
         optional = {"separator": separator, "subset": subset, "revision": revision}
         for name, text in {**texts, **optional}.items():
@@ -188,7 +193,7 @@ class TextDataModule(LoaderModule):
         self.val_fraction, self.seed, self.num_workers = float(val_fraction), seed, num_workers
         self.separator, self.text_field = separator, text_field
         self.subset, self.split, self.revision = subset, split, revision
-        self.shard_tokens, self.verify = shard_tokens, verify
+        self.shard_tokens, self.verify, self.prepare_processes = shard_tokens, verify, prepare_processes
         default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slope_pl" / "text"
         self.cache_dir = default if cache_dir is None else Path(cache_dir).expanduser()
         self._checked = False
@@ -256,6 +261,7 @@ class TextDataModule(LoaderModule):
                 val_fraction=self.val_fraction,
                 shard_tokens=self.shard_tokens,
                 verify=self.verify,
+                processes=self.prepare_processes,
             )
         self._checked = True
 

@@ -1,12 +1,14 @@
-"""Turn text into packed shards, once: tokenise, hold documents out, survive being stopped.
+"""Turn text into packed shards, once: tokenise (`slope_pl.data.text_workers`), hold documents out, survive being stopped.
 
 Each time a shard is full, the tokens that do not fill one yet are written next to it and the index is replaced, in this
 order. Whatever happens, the index on disk describes files that are there, and the next call goes on at the first document
-it does not cover. The result is the same, byte for byte, however often preparation was interrupted.
+it does not cover. The result is the same, byte for byte, however often preparation was interrupted and however many
+processes tokenised.
 """
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +19,16 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from slope_pl.data.bpe import TextTokenizer
+from slope_pl.data.loading import check_integer
 from slope_pl.data.squad import DataUnavailableError
+from slope_pl.data.text_packing import Batch, Packed
 from slope_pl.data.text_shards import INDEX, Shard, ShardError, ShardIndex, differences, write_atomically
 from slope_pl.data.text_sources import Document, TextFormatError, TextSource
+from slope_pl.data.text_workers import pack_in_order, usable_processes
 
-_BATCH_CHARACTERS = 1 << 22  # texts a call to the tokeniser: some seconds of work for one core
+_BATCH_CHARACTERS = 1 << 20  # packed in one go: a tenth of a second of work for one core
 _BATCH_DOCUMENTS = 4096
 _QUIET_SECONDS = 2.0  # no progress bar for less
-
-
-def is_held_out(text: str, fraction: float) -> bool:
-    """Tell whether a document belongs to the held-out split: a function of its text alone.
-
-    So copies of a document lie on the same side, and no document changes sides when others are added. Of the documents
-    held out at a fraction, all are held out at a larger one.
-
-    Args:
-        text: The document.
-        fraction: Expected fraction that is held out, 0 to 1.
-    """
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest) < fraction * 2.0**64
 
 
 def describe_tokenizer(tokenizer: TextTokenizer) -> dict[str, str | int]:
@@ -53,10 +44,11 @@ def prepare_shards(
     val_fraction: float,
     shard_tokens: int,
     verify: bool = True,
+    processes: int | None = None,
 ) -> ShardIndex:
     """Prepare a text, go on preparing it, or check what is prepared.
 
-    One process at a time prepares a folder; others wait for it.
+    One process at a time prepares a folder; others wait for it. It has others tokenise for it, if the text is long.
 
     Args:
         folder: Where the shards go.
@@ -65,6 +57,8 @@ def prepare_shards(
         val_fraction: Expected fraction of the documents to hold out, 0 to 1.
         shard_tokens: Tokens a shard.
         verify: Whether to read shards that exist and compare their SHA-256, or to compare sizes alone.
+        processes: How many processes tokenise, 1 for this one alone; None for one a core, 16 at most. What is written does
+            not depend on it. Each takes some 200 MB.
 
     Returns:
         The complete index.
@@ -73,7 +67,12 @@ def prepare_shards(
         ShardError: The folder holds shards of another text or tokeniser, or damaged ones.
         TextFormatError: The source is not text, or there is none in it.
         DataUnavailableError: The source could not be read to its end.
+        WorkerError: A process that tokenised was ended from outside.
+        TypeError: ``processes`` is no integer.
+        ValueError: ``processes`` is 0 or less.
     """
+    if processes is not None:
+        check_integer("processes", processes, 1, "; None for one a core")
     if (found := _load(folder)) and found.complete:  # without the lock: the folder may be read-only
         _check(folder, found, source, tokenizer, val_fraction, shard_tokens, verify)
         return found
@@ -102,7 +101,7 @@ def prepare_shards(
                 shard_tokens=shard_tokens,
             )
         if not index.complete:
-            _Writer(folder, index).write(source, tokenizer)
+            _Writer(folder, index).write(source, tokenizer, processes or usable_processes())
     return index
 
 
@@ -153,7 +152,7 @@ class _Writer:
             self.open[name], self.waiting[name] = [tail], len(tail)
         self._clean()
 
-    def write(self, source: TextSource, tokenizer: TextTokenizer) -> None:
+    def write(self, source: TextSource, tokenizer: TextTokenizer, processes: int) -> None:
         """Take the rest of the source in."""
         index, start = self.index, self.index.documents_read
         if start:
@@ -167,11 +166,14 @@ class _Writer:
             delay=_QUIET_SECONDS,
             leave=False,
         ) as bar:
-            for batch in _batches(source.documents(start)):
-                self._add(batch, tokenizer)
-                bar.update(batch[-1].done - bar.n)
-                tokens = sum(split.tokens + self.waiting[name] for name, split in index.splits.items())
-                bar.set_postfix_str(f"{tokens:,} tokens", refresh=False)
+            batches = _batches(source.documents(start))
+            packer = tokenizer.packer(index.dtype)
+            with closing(pack_in_order(packer, batches, index.val_fraction, processes)) as results:
+                for batch, packed in results:
+                    self._add(batch, packed)
+                    bar.update(batch.done - bar.n)
+                    tokens = sum(split.tokens + self.waiting[name] for name, split in index.splits.items())
+                    bar.set_postfix_str(f"{tokens:,} tokens", refresh=False)
         if index.documents_read == index.empty:
             raise TextFormatError(
                 f"{source.name}: no text in it ({index.documents_read:,} documents, all of them empty), expected one "
@@ -186,17 +188,15 @@ class _Writer:
             + "; ".join(f"{n}: {s.documents:,} documents, {s.tokens:,} tokens" for n, s in index.splits.items())
         )
 
-    def _add(self, batch: list[Document], tokenizer: TextTokenizer) -> None:
+    def _add(self, batch: Batch, packed: Packed) -> None:
         index = self.index
-        texts = [document.text for document in batch if not document.text.isspace() and document.text]
-        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-            split = "val" if is_held_out(text, index.val_fraction) else "train"
-            self.open[split].append(np.array([*ids, tokenizer.end_of_text], self.dtype))
-            self.waiting[split] += len(ids) + 1
-            index.splits[split].documents += 1
-        index.documents_read += len(batch)
-        index.empty += len(batch) - len(texts)
-        index.characters += sum(map(len, texts))
+        for name, split in index.splits.items():
+            self.open[name].append(packed.tokens[name])
+            self.waiting[name] += len(packed.tokens[name])
+            split.documents += packed.documents[name]
+        index.documents_read += len(batch.texts)
+        index.empty += packed.empty
+        index.characters += packed.characters
         full = [self._shard(split, least=index.shard_tokens) for split in index.splits]
         if any(full):
             self._commit()
@@ -237,14 +237,14 @@ class _Writer:
                 path.unlink()
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    characters = 0
+def _batches(documents: Iterator[Document]) -> Iterator[Batch]:
+    texts: list[str] = []
+    characters = done = 0
     for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+        texts.append(document.text)
+        characters, done = characters + len(document.text), document.done
+        if characters >= _BATCH_CHARACTERS or len(texts) >= _BATCH_DOCUMENTS:
+            yield Batch(texts, done)
+            texts, characters = [], 0
+    if texts:
+        yield Batch(texts, done)

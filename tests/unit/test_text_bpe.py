@@ -1,12 +1,10 @@
 import json
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from slope_pl.data import DataUnavailableError, TextTokenizer, load_bpe
+from slope_pl.data import DataUnavailableError, load_bpe
 from tests.unit.test_squad_reading import real_data
 
 MERGES = ["Ġ t", "h e", "Ġt he", "i n", "Ġ Ġ", "' s", "Ċ Ċ", "1 2"]
@@ -42,21 +40,6 @@ def test_round_trip(tokenizer):
     assert len(rows[1]) == len(["t", "he", "Ġ", "in", "n", "'s", "Ġ", "Ġ", "12", "ĊĊ", "ĉ", "the"]) + 1
     assert END not in rows[3], "the spelling of end-of-text in a document is plain characters"
     assert tokenizer.decode([END]) == "<|endoftext|>"
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.text(alphabet=st.one_of(st.sampled_from("athe  '\n12.é"), st.characters(exclude_categories=("Cs",)))))
-def test_cuts_change_no_token(tokenizer, text):
-    pieces = TextTokenizer.cut(text, 3)
-    assert "".join(pieces) == text
-    whole = tokenizer.encoder.encode(text).ids
-    assert [i for piece in pieces for i in tokenizer.encoder.encode(piece).ids] == whole
-
-
-def test_long_texts_are_cut(tokenizer):
-    text = "in the inn " * 20_000
-    assert len(TextTokenizer.cut(text)) == 5
-    assert tokenizer.encode_batch(["a", text, "b"])[1] == tokenizer.encoder.encode(text).ids
 
 
 def test_all_file_forms_are_the_same_tokenizer(toy, tokenizer, tmp_path, monkeypatch):

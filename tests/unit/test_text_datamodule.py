@@ -306,6 +306,8 @@ def test_two_ranks(tmp_path, text, ready):
         ({"num_workers": -1}, ValueError, "num_workers is -1, expected 0 or more"),
         ({"seed": 1.5}, TypeError, "seed is 1.5, expected an integer"),
         ({"shard_tokens": True}, TypeError, "shard_tokens is True, expected an integer"),
+        ({"prepare_processes": 0}, ValueError, "prepare_processes is 0, expected 1 or more; None for one a core"),
+        ({"prepare_processes": 2.0}, TypeError, "prepare_processes is 2.0, expected an integer"),
         ({"val_fraction": "1"}, TypeError, "val_fraction is '1', expected a number"),
         (
             {"val_fraction": 1},

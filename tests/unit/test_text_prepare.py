@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from slope_pl.data import LocalText, PackedTokens, ShardError, ShardIndex, TextFormatError, load_bpe, prepare_shards
 from slope_pl.data import text_prepare as preparation
-from slope_pl.data.text_prepare import is_held_out
+from slope_pl.data.text_packing import Packer, is_held_out
 from tests.unit.test_squad_reading import real_data
 from tests.unit.test_text_bpe import MERGES, tokenizer, toy, toy_vocabulary  # noqa: F401 - fixtures
 
@@ -165,8 +165,8 @@ def test_resumed_preparation_is_the_same_byte_for_byte(tmp_path, corpus, tokeniz
     options = {"val_fraction": 0.2, "shard_tokens": 500}
     source = Stopping(corpus, "\0")
     encoded = []
-    encode = type(tokenizer).encode_batch
-    monkeypatch.setattr(type(tokenizer), "encode_batch", lambda self, t: encoded.extend(t) or encode(self, t))
+    pack = Packer.pack_documents
+    monkeypatch.setattr(Packer, "pack_documents", lambda self, t, *rest: encoded.extend(t) or pack(self, t, *rest))
     for stops in ([5], [31], [59], [13, 14, 40], range(60)):
         folder = tmp_path / f"resumed-{stops}"
         encoded.clear()

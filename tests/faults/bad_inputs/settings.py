@@ -151,6 +151,8 @@ DATA = [
     of(TextDataModule, ("cache_dir is 3", "a string"), cache_dir=3),
     of(TextDataModule, ("verify is 'no'", "True or False"), verify="no"),
     of(TextDataModule, ("shard_tokens is -1", "1 or more"), shard_tokens=-1),
+    of(TextDataModule, ("prepare_processes is 0", "1 or more"), prepare_processes=0),
+    of(MlmDataModule, ("prepare_processes is 'all'", "an integer"), prepare_processes="all"),
     of(MlmDataModule, ("max_length is 4", "8 or more"), max_length=4),
     of(MlmDataModule, ("max_predictions is 200", "max_length=128 or less"), max_predictions=200),
     of(MlmDataModule, ("short_probability is 1.5", "from 0 to 1"), short_probability=1.5),
