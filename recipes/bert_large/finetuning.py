@@ -38,6 +38,7 @@ from slope_pl.models import (
     load_pretrained,
     save_pretrained,
 )
+from slope_pl.nn import full_shape
 
 Architecture = BertConfig | dict[str, Any]  # of this package's BERT, or config.json of a transformers encoder
 Batch = dict[str, Tensor]
@@ -331,7 +332,7 @@ def parameter_groups(
         if "adapter_" in name:
             groups["adapters"].append(parameter)
         else:
-            groups["weights" if parameter.dim() > 1 else "no_decay"].append(parameter)
+            groups["weights" if len(full_shape(parameter)) > 1 else "no_decay"].append(parameter)
     return [{"params": ps, "weight_decay": decay[key], "name": key} for key, ps in groups.items() if ps]
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from slope_pl import sparse_layers
+from slope_pl.nn import full_shape
 
 Schedule = Literal["linear", "cosine"]
 
@@ -63,7 +64,7 @@ def parameter_groups(
         elif id(parameter) in values:
             groups["values"].append(parameter)
         else:
-            groups["weights" if parameter.dim() > 1 else "no_decay"].append(parameter)
+            groups["weights" if len(full_shape(parameter)) > 1 else "no_decay"].append(parameter)
     return [
         {
             "params": parameters,

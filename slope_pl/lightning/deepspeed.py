@@ -1,4 +1,4 @@
-"""DeepSpeed: what ZeRO asks of adapters that sleep.
+"""DeepSpeed: what ZeRO asks of adapters that sleep, and of a net that is built in ``configure_model``.
 
 ZeRO flattens each group of an optimizer when training begins. A parameter that is frozen then is never trained, a group
 cannot be added later, and a member without a gradient takes part with zeros: weight decay would move it, and Adam would
@@ -6,6 +6,8 @@ count its steps. So sleeping adapters are trainable from the start, in groups of
 begins to count when they wake.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,6 +69,27 @@ class ZeroAdapters:
             {**group, "weight_decay": decays[index]} if index in decays else dict(group)
             for index, group in enumerate(self.groups)
         ]
+
+
+def build_whole(strategy: Any) -> None:
+    """Let ``configure_model`` build under ZeRO-3 as under the other strategies: whole, on the device of each rank.
+
+    Lightning builds within ``deepspeed.zero.Init``, which empties each module's parameters as soon as its own ``__init__`` is
+    through; what a parent does to them after that is lost without an error. The engine spreads a whole net as well.
+
+    Args:
+        strategy: the Trainer's; of a ``DeepSpeedStrategy``, Lightning's or ours, the context is replaced, on the instance.
+    """
+    if not isinstance(strategy, DeepSpeedStrategy) or not strategy.zero_stage_3:
+        return
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        strategy._init_config_if_needed()  # for a zero.Init of the module's own
+        with strategy.root_device:
+            yield
+
+    strategy.model_sharded_context = context  # type: ignore[method-assign]
 
 
 def sleeping_groups(layers: dict[str, SparseLinear], optimizer: Optimizer) -> dict[int, float]:

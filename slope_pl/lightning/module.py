@@ -13,6 +13,7 @@ from slope_pl.errors import CheckpointError
 from slope_pl.lightning.calibration import convert
 from slope_pl.lightning.callback import SLoPeCallback
 from slope_pl.lightning.checks import strip_classes
+from slope_pl.lightning.deepspeed import build_whole
 from slope_pl.lightning.restore import check_content, check_layers, check_tensors, explain, why_unreadable
 from slope_pl.lightning.restoring import record_optimizers
 from slope_pl.lightning.rng import KeepRandomState, keeps_random_state
@@ -51,6 +52,7 @@ class SLoPeLightningModule(pl.LightningModule):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """A :class:`SLoPeCallback` for this module's config, unless the Trainer has one; a dense run resumes as exactly."""
+        build_whole(self.trainer.strategy)
         given = super().configure_callbacks()
         callbacks = [given] if isinstance(given, pl.Callback) else list(given)
         present = any(isinstance(callback, SLoPeCallback) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]

@@ -122,7 +122,7 @@ class SLoPeModelParallelStrategy(SLoPeStrategy, ModelParallelStrategy):
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
         """Build on the rank's own device, as every other strategy does: Lightning's is the CPU, where masks take minutes.
 
-        A model too large for one device is built on "meta" in ``configure_model``, which wins over this.
+        A model too large for that is built under ``torch.device("cpu")`` in ``configure_model``, which wins over this.
         """
         with nullcontext() if empty_init else self.root_device, super().tensor_init_context(empty_init):
             yield

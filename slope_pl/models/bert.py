@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from slope_pl.nn import can_fuse, is_hooked, sparse_mlp
+from slope_pl.nn import built_whole, can_fuse, is_hooked, sparse_mlp
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,  # the exact one, with erf
@@ -227,6 +227,7 @@ class BertEncoder(nn.Module):
 class BertModel(nn.Module):
     """The encoder (Devlin et al. 2018, section 3), with the pooler unless ``add_pooling_layer`` is False."""
 
+    @built_whole()  # initialise reaches into modules that ZeRO-3 would have emptied by then
     def __init__(self, config: BertConfig, add_pooling_layer: bool = True) -> None:
         super().__init__()
         self.config = config

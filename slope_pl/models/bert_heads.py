@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from slope_pl.models.bert import ACTIVATIONS, BertConfig, BertModel, chain, initialise
+from slope_pl.nn import built_whole
 
 
 class PreTrainingOutput(NamedTuple):
@@ -52,6 +53,7 @@ class BertLMPredictionHead(nn.Module):
 class BertForPreTraining(nn.Module):
     """BERT with its two pretraining heads (Devlin et al. 2018, section 3.1)."""
 
+    @built_whole()
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.config = config
@@ -88,6 +90,7 @@ class BertForPreTraining(nn.Module):
 class BertForQuestionAnswering(nn.Module):
     """BERT that points at the start and the end of the answer, without pooler (Devlin et al. 2018, section 4.2)."""
 
+    @built_whole()
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.config = config
@@ -111,6 +114,7 @@ class BertForQuestionAnswering(nn.Module):
 class BertForSequenceClassification(nn.Module):
     """BERT that classifies a sentence or a pair (Devlin et al. 2018, section 4.1); 1 label to regress."""
 
+    @built_whole()
     def __init__(self, config: BertConfig, num_labels: int) -> None:
         super().__init__()
         if num_labels < 1:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from slope_pl.models.bert_heads import QuestionAnsweringOutput, SequenceClassificationOutput
 from slope_pl.models.hf import PretrainedMismatchError
 from slope_pl.models.hf_files import PretrainedFilesError, PretrainedUnavailableError
+from slope_pl.nn import built_whole
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class Encoder(nn.Module):
         return SequenceClassificationOutput(out.logits)
 
 
+@built_whole()
 def load_encoder(
     name_or_folder: str | Path, task: EncoderTask = "classification", num_labels: int | None = None, **overrides: Any
 ) -> Encoder:
@@ -141,6 +143,7 @@ def load_encoder(
     return Encoder(model.train(), task)
 
 
+@built_whole()
 def encoder_from_config(
     config: Mapping[str, Any], task: EncoderTask = "classification", num_labels: int | None = None
 ) -> Encoder:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from slope_pl.models.bert import ACTIVATIONS
-from slope_pl.nn import sparse_mlp
+from slope_pl.nn import built_whole, sparse_mlp
 
 IGNORED = -100
 """The label of a token that is not to be predicted."""
@@ -193,6 +193,7 @@ class GPT2(nn.Module):
             backward pass: the same gradients, less memory, about a third more time. An attribute, free to change.
     """
 
+    @built_whole()  # _initialise reaches into modules that ZeRO-3 would have emptied by then
     def __init__(self, config: GPT2Config, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         self.config = config

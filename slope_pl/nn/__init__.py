@@ -6,7 +6,7 @@ from slope_pl.nn.hooks import is_hooked
 from slope_pl.nn.mlp import can_fuse, sparse_mlp
 from slope_pl.nn.report import SparsityReport, backend_lines, sparsity_report
 from slope_pl.nn.selection import choose_layers, is_head, is_linear
-from slope_pl.nn.sharding import gathered
+from slope_pl.nn.sharding import built_whole, full_shape, gathered
 from slope_pl.nn.sparse_linear import SparseLinear
 from slope_pl.nn.surgery import (
     dense_state_dict,
@@ -24,10 +24,12 @@ __all__ = [
     "SparsityReport",
     "activation_norms",
     "backend_lines",
+    "built_whole",
     "can_fuse",
     "choose_layers",
     "dense_state_dict",
     "densify",
+    "full_shape",
     "gathered",
     "invalidate_operands",
     "is_head",

@@ -43,15 +43,18 @@ class Sparse(SLoPeLightningModule, Toy):
 
 
 class Late(Sparse):
-    """Builds its net in configure_model: under ZeRO-3 within ``deepspeed.zero.Init``, which spreads each layer at once."""
+    """Builds its net in configure_model, within ``deepspeed.zero.Init``, which spreads each layer at once."""
 
     def __init__(self):
         super().__init__()
         self.net = None
 
     def configure_model(self):
+        import deepspeed
+
         if self.net is None:
-            self.net = Net()
+            with deepspeed.zero.Init(config_dict_or_path=self.trainer.strategy.config):
+                self.net = Net()
         super().configure_model()
 
 
