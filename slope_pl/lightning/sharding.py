@@ -56,12 +56,13 @@ def _check_built(module: nn.Module) -> None:
     if not unbuilt:
         return
     lost = (
-        f"{len(unbuilt)} parameters ({unbuilt[0]}, ...) are on the meta device. Lightning then empties the whole model and calls "
-        "each module's reset_parameters: what a parent or pretrained weights have put there is lost"
+        f"{len(unbuilt)} parameters ({unbuilt[0]}, ...) are on the meta device. Lightning then empties the whole model and "
+        "calls each module's reset_parameters: what a parent or pretrained weights have put there is lost"
     )
     if sparse_layers(module):
         raise ConversionError(
-            f"{lost}, masks and kept values too. Build the net without torch.device('meta'); where a device cannot hold it whole, with torch.device('cpu')"
+            f"{lost}, masks and kept values too. Build the net without torch.device('meta'); where a device cannot hold it "
+            "whole, with torch.device('cpu')"
         )
     rank_zero_warn(
         f"{lost}, unless a checkpoint is restored. To start as on one device, build it without torch.device('meta')."
