@@ -138,7 +138,7 @@ class TextDataModule(LoaderModule):
         shard_tokens: Tokens a file of the prepared text.
         verify: Whether ``prepare_data`` reads all shards to compare their checksums, or compares sizes alone.
         prepare_processes: How many processes tokenise a long text, 1 for one alone; None for one a core, 16 at most. Each
-            takes some 200 MB; what is prepared does not depend on their number.
+            takes some 150 MB; what is prepared does not depend on their number.
 
     Raises:
         TypeError: An argument has the wrong type.

@@ -58,7 +58,7 @@ def prepare_shards(
         shard_tokens: Tokens a shard.
         verify: Whether to read shards that exist and compare their SHA-256, or to compare sizes alone.
         processes: How many processes tokenise, 1 for this one alone; None for one a core, 16 at most. What is written does
-            not depend on it. Each takes some 200 MB.
+            not depend on it. Each takes some 150 MB.
 
     Returns:
         The complete index.

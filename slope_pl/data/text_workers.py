@@ -23,7 +23,7 @@ from typing import IO
 
 from slope_pl.data.text_packing import Batch, Packed, Packer
 
-_MOST = 16  # reading and writing, which one process does, takes about a tenth of the time
+_MOST = 16  # with so many, reading and writing, which one process does, takes as long
 _ALONE_CHARACTERS = 1 << 23  # packed here first: for less, processes are not worth starting
 
 # Empty packages in place of ours, whose __init__ would import torch and Lightning.
