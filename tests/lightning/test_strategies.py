@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from slope_pl import (
@@ -235,3 +235,23 @@ def test_fsdp2_builds_on_the_ranks_own_device(monkeypatch):
         assert nn.Linear(8, 8).weight.is_meta
         with torch.device("cpu"):
             assert not nn.Linear(8, 8).weight.is_meta, "a device that the user names wins"
+
+
+class Unbuilt(SLoPeLightningModule, Toy):
+    """A part of its net is left for Lightning to build, by reset_parameters."""
+
+    def __init__(self, slope):
+        super().__init__(slope=slope)
+        self.net.first = nn.Linear(16, 16, device="meta")
+
+
+@pytest.mark.filterwarnings("ignore:DTensor random operators")
+def test_fsdp2_says_what_the_meta_device_loses(tmp_path):
+    def fit_unbuilt(slope):
+        strategy = SLoPeModelParallelStrategy() if slope else ModelParallelStrategy(1, 1)
+        make_trainer(tmp_path, strategy=strategy, max_steps=1).fit(Unbuilt(slope))
+
+    with pytest.raises(ConversionError, match=r"2 parameters \(net.first.weight, ...\) .* masks and kept values too"):
+        fit_unbuilt(SLoPeConfig())
+    with pytest.warns(UserWarning, match=r"2 parameters .* is lost, unless a checkpoint is restored"):
+        fit_unbuilt(None)

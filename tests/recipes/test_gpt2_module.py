@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.strategies import DeepSpeedStrategy, SingleDeviceStrategy
+from torch import nn
 from torch.utils.data import DataLoader
 
 from recipes.gpt2.module import GPT2Pretraining, next_token_loss
-from recipes.gpt2.optimizer import rate_schedule
+from recipes.gpt2.optimizer import parameter_groups, rate_schedule
 from recipes.gpt2.sampling import continue_text
 from slope_pl import SLoPeConfig
 from slope_pl.baselines import FSTConfig, SRSTEConfig
@@ -319,3 +320,13 @@ def test_gradients_of_a_fused_optimizer_are_clipped_once(strategy, monkeypatch):
     else:
         assert not asked
         assert norm == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_matrix_that_zero_3_has_spread_decays_as_one():
+    net = nn.Linear(4, 4)
+    net.weight.ds_shape, net.weight.data = net.weight.shape, torch.empty(0)
+    groups = parameter_groups(net, 1e-3, decay={"weights": 0.1}, scale={})
+    assert [(group["name"], group["params"]) for group in groups] == [
+        ("weights", [net.weight]),
+        ("no_decay", [net.bias]),
+    ]
