@@ -13,7 +13,7 @@ from slope_pl.errors import CheckpointError
 from slope_pl.lightning.calibration import convert
 from slope_pl.lightning.callback import SLoPeCallback
 from slope_pl.lightning.checks import strip_classes
-from slope_pl.lightning.deepspeed import build_whole
+from slope_pl.lightning.deepspeed import build_whole, gather_by_blocks
 from slope_pl.lightning.restore import check_content, check_layers, check_tensors, explain, why_unreadable
 from slope_pl.lightning.restoring import record_optimizers
 from slope_pl.lightning.rng import KeepRandomState, keeps_random_state
@@ -49,6 +49,8 @@ class SLoPeLightningModule(pl.LightningModule):
             convert(self, self.slope_config)
         if self.device_mesh is not None:  # ModelParallelStrategy: FSDP2 shards here, after the conversion
             shard(self, self.device_mesh["data_parallel"])
+        if self._trainer is not None:
+            gather_by_blocks(self, self.trainer.strategy)
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """A :class:`SLoPeCallback` for this module's config, unless the Trainer has one; a dense run resumes as exactly."""

@@ -193,6 +193,8 @@ class BertOutput(nn.Module):
 class BertLayer(nn.Module):
     """One encoder layer: attention, then a feed-forward network."""
 
+    gathered_whole = True  # the unit under ZeRO-3: nobody calls what is inside but forward
+
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         hidden, wide = config.hidden_size, config.intermediate_size

@@ -171,6 +171,8 @@ class GPT2MLP(nn.Module):
 class GPT2Block(nn.Module):
     """One layer: attention, then a feed-forward network, each on the LayerNorm of its input (pre-LN)."""
 
+    gathered_whole = True  # the unit under ZeRO-3: nobody calls what is inside but forward
+
     def __init__(self, config: GPT2Config, index: int) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)

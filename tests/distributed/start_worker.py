@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections import Counter
 from operator import itemgetter
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from recipes.bert_large import finetuning
@@ -42,6 +44,13 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SIZES = {"vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"intermediate_size": 64, "max_position_embeddings": LENGTH + 2} | NO_DROPOUT
 BERT = BertConfig(**SIZES)
+
+
+# What is this small, or soon needed again, ZeRO-3 would keep whole from the first step on.
+EAGER_TO_RELEASE = {
+    f"stage3_{name}": 0
+    for name in ("param_persistence_threshold", "max_reuse_distance", "max_live_parameters", "prefetch_bucket_size")
+}
 
 
 class Data(pl.LightningDataModule):
@@ -167,13 +176,57 @@ class Applies(nn.Module):
         return self.head(x)
 
 
+class Frozen(OwnSparse):
+    """Its embeddings do not learn, so that the first block's input needs no gradient."""
+
+    def __init__(self, build):
+        super().__init__(slope=SLOPE)
+        self.build = build
+
+    def configure_model(self):
+        if self.net is None:
+            self.net = self.build()
+            for part in self.net.modules():
+                if isinstance(part, nn.Embedding):
+                    part.requires_grad_(False)
+            if isinstance(self.net, BertForQuestionAnswering):
+                self.net.bert.embeddings.requires_grad_(False)
+        super().configure_model()
+
+    training_step = Emptied.training_step
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if p.requires_grad or group["name"] == "adapters"]
+        return optimizer
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the operations of c10d."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.calls[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+
 class Begin(pl.Callback):
-    """State before the first step, losses, state at the end."""
+    """State before the first step, losses, state at the end; operations of c10d in the last step."""
 
     def on_train_start(self, trainer, pl_module):
         self.start, self.losses = whole_state(pl_module), []
 
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.collectives = Collectives()
+        self.collectives.__enter__()
+
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.collectives.__exit__(None, None, None)
         self.losses.append(outputs["loss"].item())
 
     def on_train_end(self, trainer, pl_module):
@@ -206,6 +259,9 @@ def save_weights(folder):
 MODULES = {
     "gpt2": gpt2,
     "gpt2_dense": lambda folder: gpt2(folder, slope=None),
+    "gpt2_recomputed": lambda folder: gpt2(folder, gradient_checkpointing=True),
+    "gpt2_frozen": lambda folder: Frozen(lambda: GPT2(GPT)),
+    "bert_frozen": lambda folder: Frozen(lambda: BertForQuestionAnswering(BERT)),
     "gpt2_weights": lambda folder: gpt2(folder, gpt2=None, weights=str(folder / "gpt2")),
     "bert": bert,
     "bert_weights": lambda folder: bert(folder, bert=None, weights=str(folder / "bert")),
@@ -234,6 +290,7 @@ def begin(name, folder, strategy="auto", devices=1):
     trainer = make_trainer(folder, *callbacks, strategy=strategy, devices=devices, max_steps=STEPS)
     trainer.fit(module, Data())
     report = {"start": seen.start, "losses": seen.losses, "end": seen.end}
+    report["gathers"] = seen.collectives.calls["_allgather_base_"]
     return report | {"numbers": getattr(module, "numbers", None)}
 
 
@@ -243,6 +300,7 @@ def main(folder, names):
     for name in names or MODULES:
         try:
             strategy = (PlainCPUZero if name in PLAIN else CPUZero)(stage=3)
+            strategy.config["zero_optimization"] |= EAGER_TO_RELEASE
             reports[name] = begin(name, folder, strategy, processes)
         except Exception:
             reports[name] = traceback.format_exc()

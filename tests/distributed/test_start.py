@@ -36,3 +36,11 @@ def test_a_net_that_enters_zero_init_is_never_whole(started):
     for rank in started[1]:
         assert set(rank["emptied"]["numbers"]) == {0}
         assert 0 not in rank["emptied_gpt2"]["numbers"], "but this package's models are, until the engine is made"
+
+
+# Two blocks; token and position embeddings, last norm, head; three embeddings, their norm, head.
+@pytest.mark.parametrize(("name", "units"), [("gpt2", 2 + 4), ("gpt2_recomputed", 2 + 4), ("squad", 2 + 5)])
+def test_a_block_is_gathered_whole_once_forward_and_once_backward(started, name, units):
+    """Layer by layer it was 32, 42 and 42 times a step. One process alone has nothing to gather."""
+    for rank in started[1]:
+        assert rank[name]["gathers"] == (2 * units if len(started[1]) == 2 else 0)
