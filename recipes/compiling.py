@@ -1,9 +1,13 @@
 """A training step for torch.compile: as one graph, or block by block where the weights are spread over ranks."""
 
-from collections.abc import Callable
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from slope_pl.lightning.sharding import blocks
@@ -40,10 +44,43 @@ def release_blocks(net: nn.Module) -> None:
             del block.forward, vars(block)[_MARK]
 
 
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile`` of a part of a step under any strategy, for batches of one size."""
+    inner = torch.compile(function, dynamic=False)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _torchs_own_linear():
+            return inner(*args, **kwargs)
+
+    return call
+
+
+@contextmanager
+def _torchs_own_linear() -> Iterator[None]:
+    """Take DeepSpeed's ``F.linear`` out for a while; it replaces torch's in the whole process once ZeRO-3 was started.
+
+    It adds the bias in place inside an autograd function. Of that torch.compile makes zeros in place of the gradients of
+    input, weight and bias, without a word (seen with torch 2.11.0, no longer with 2.13.0). What DeepSpeed's is there for,
+    not to hold on to a gathered weight, compiled functions do by themselves: they keep the parameter and derive the rest.
+    """
+    zero: Any = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    own = None if zero is None else getattr(zero.InsertPostInitMethodToModuleSubClasses, "linear_bk", None)
+    found = F.linear
+    if own is None or found is own:
+        yield
+        return
+    F.linear = own
+    try:
+        yield
+    finally:
+        F.linear = found
+
+
 def _trains_compiled(eager: Callable[..., Any]) -> Callable[..., Any]:
-    compiled = torch.compile(eager, dynamic=False)
+    trained = compiled(eager)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return (compiled if torch.is_grad_enabled() else eager)(*args, **kwargs)
+        return (trained if torch.is_grad_enabled() else eager)(*args, **kwargs)
 
     return forward

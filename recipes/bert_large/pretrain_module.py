@@ -18,7 +18,7 @@ from recipes.bert_large.pretrain_checkpoint import (
     load_pretraining_checkpoint,
     read_pretraining_checkpoint,
 )
-from recipes.compiling import compile_blocks, is_spread, release_blocks
+from recipes.compiling import compile_blocks, compiled, is_spread, release_blocks
 from slope_pl import SLoPeConfig, SLoPeLightningModule, dense_state_dict, sparse_layers
 from slope_pl.data import MlmDataModule
 from slope_pl.models import (
@@ -204,7 +204,7 @@ class BertPretraining(SLoPeLightningModule):
             compile_blocks(self._model())
             self._compiled = _loss
         elif self._compiled is None:
-            self._compiled = torch.compile(_loss, dynamic=False)
+            self._compiled = compiled(_loss)
         return self._compiled
 
     def _compiles(self) -> bool:

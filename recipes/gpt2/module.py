@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from recipes.compiling import compile_blocks, is_spread, release_blocks
+from recipes.compiling import compile_blocks, compiled, is_spread, release_blocks
 from recipes.gpt2.optimizer import Schedule, parameter_groups, rate_schedule
 from recipes.gpt2.sampling import continue_text
 from slope_pl import SLoPeConfig, SLoPeLightningModule, dense_state_dict
@@ -273,11 +273,10 @@ class GPT2Pretraining(SLoPeLightningModule):
             return next_token_loss
         if self._compiled is None and is_spread(self._model()):
             compile_blocks(self._model())
-            head_loss = torch.compile(_head_loss, dynamic=False)
-            self._compiled = functools.partial(next_token_loss, rows=None, head_loss=head_loss)
+            self._compiled = functools.partial(next_token_loss, rows=None, head_loss=compiled(_head_loss))
         elif self._compiled is None:
             # The loss with the net: the logits' conversion to float32 is then part of the loss kernels.
-            self._compiled = torch.compile(_whole_loss, dynamic=False)
+            self._compiled = compiled(_whole_loss)
         return self._compiled
 
     def _compiles(self) -> bool:

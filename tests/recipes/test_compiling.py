@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from recipes import compiling
@@ -75,6 +76,22 @@ def test_a_spread_net_is_compiled_by_blocks_and_a_whole_one_as_one(compiled, mon
         assert [function for function in compiled if function in (module._whole_loss, module._head_loss)] == expected
         pretraining.teardown("fit")
         assert not any("forward" in vars(block) for block in pretraining.net.h)
+
+
+def test_deepspeeds_linear_is_out_while_a_compiled_function_runs(compiled, monkeypatch):
+    """torch 2.11 makes zeros of its gradients; ``tests/gpu/test_strategies.py`` trains with it."""
+    zero = pytest.importorskip("deepspeed.runtime.zero.partition_parameters").InsertPostInitMethodToModuleSubClasses
+    own, layer = F.linear, nn.Linear(4, 4)
+    monkeypatch.setattr(zero, "linear_bk", own, raising=False)
+    within = compiling.compiled(lambda x: (F.linear, layer(x))[0])
+    assert within(torch.ones(4)) is own
+    monkeypatch.setattr(F, "linear", lambda *args: own(*args))
+    patched = F.linear
+    assert within(torch.ones(4)) is own
+    assert F.linear is patched
+    with pytest.raises(RuntimeError):
+        within(torch.ones(5))
+    assert F.linear is patched, "after an error too"
 
 
 def test_spread_weights_are_told_by_their_marks():
