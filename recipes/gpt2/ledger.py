@@ -65,19 +65,23 @@ def run_name(settings: str, rate: float, seed: int) -> str:
     return hashlib.sha256(f"{settings} | {rate!r} | {seed}".encode()).hexdigest()[:8]
 
 
+Point = tuple[int, int, float, float]
+"""Step, tokens, training loss, validation loss; one of the losses is nan."""
+
+
 @dataclass(frozen=True)
 class Curve:
-    """The loss of one run: (step, tokens, training loss, validation loss), one of the losses nan."""
+    """The loss of one run."""
 
     run: str
-    points: list[tuple[int, int, float, float]]
+    points: list[Point]
 
     @classmethod
     def of(cls, file: Path, result: Result, every: int) -> "Curve":
         """From a run's curve.csv; the training loss as means of ``every`` steps."""
         with file.open(newline="", encoding="utf-8") as stream:
             rows = [(int(r["step"]), int(r["tokens"]), r["train_loss"], r["val_loss"]) for r in csv.DictReader(stream)]
-        points: list[tuple[int, int, float, float]] = []
+        points: list[Point] = []
         waiting: list[float] = []
         for step, tokens, train, val in rows:
             if val:

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipes.gpt2.ledger import Result, read, read_curves
-from recipes.loss_plot import loss_curves, smooth
+from recipes.gpt2.ledger import Curve, Point, Result, read, read_curves
+from recipes.loss_plot import Points, loss_curves, smooth
 
 HEADER = (
     "| method | best rate | seeds | validation loss | perplexity | tokens/s | seconds | peak GiB | loss at every rate tried |\n"
@@ -66,21 +66,24 @@ def _table(results: Sequence[Result]) -> str:
 
 
 def draw(file: Path) -> str:
-    """Draw the curves of each method at its best rate, first seed, beside ``file``; a line that says where.
+    """Draw the curve of each method at its best rate, the mean over its seeds, beside ``file``; a line that says where.
 
     They are in the order of their final losses; where there is a dense one, also as differences to it.
     """
-    results, curves = sorted(read(file), key=lambda result: result.val_loss), read_curves(file)
+    results, curves = read(file), read_curves(file)
     best = best_rates(results)
-    shown = {}
+    groups: dict[str, list[Result]] = defaultdict(list)
     for result in results:
-        label = f"{result.method}, rate {result.rate:g}"
-        if result.rate != best[result.settings] or label in shown or result.run not in curves:
-            continue
-        points = curves[result.run].points
+        if result.rate == best[result.settings] and result.run in curves:
+            groups[result.settings].append(result)
+    shown: dict[str, tuple[Points, Points]] = {}
+    for own in sorted(groups.values(), key=lambda group: _mean([r.val_loss for r in group])):
+        seeds = f", {len(own)} seeds" if len(own) > 1 else ""
+        label = f"{own[0].method}, rate {own[0].rate:g}{seeds}"
+        points = mean_curve([curves[r.run] for r in own])
         train = [(float(tokens), loss) for _, tokens, loss, _ in points if not math.isnan(loss)]
         val = [(float(tokens), loss) for _, tokens, _, loss in points if not math.isnan(loss)]
-        shown[label] = (smooth(train), val)
+        shown.setdefault(label, (smooth(train), val))
     if not shown:
         return "No loss curves to draw."
     picture = file.with_name(f"{file.stem}-curves.svg")
@@ -89,6 +92,17 @@ def draw(file: Path) -> str:
     if not loss_curves(picture, shown, title, against=dense if len(shown) > 1 else None):
         return "Loss curves not drawn: matplotlib is not installed (extra bench)."
     return f"Loss curves: {picture}"
+
+
+def mean_curve(curves: Sequence[Curve]) -> list[Point]:
+    """The mean loss over runs at each point that all of them have; a run that diverged leaves no points after that."""
+    by_key = [{(point[0], math.isnan(point[2])): point for point in curve.points} for curve in curves]
+    means = []
+    for key, (step, tokens, *_) in by_key[0].items():
+        if all(key in points for points in by_key):
+            losses = [[points[key][which] for points in by_key] for which in (2, 3)]
+            means.append((step, tokens, statistics.mean(losses[0]), statistics.mean(losses[1])))
+    return means
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -318,6 +318,23 @@ def test_curves_are_drawn_in_the_order_of_their_losses_and_against_dense(tmp_pat
     assert _less(*curves) == ([(1.0, -1.0), (2.0, -0.5)], [(2.0, 0.25)])
 
 
+def test_a_curve_is_the_mean_over_seeds(tmp_path):
+    """Not that of the best one; where one of them ended early (diverged), up to there."""
+    nan = math.nan
+    first = Curve("a", [(1, 10, 5.0, nan), (2, 20, 4.0, nan), (2, 20, nan, 4.5), (3, 30, 3.0, nan)])
+    second = Curve("b", [(1, 10, 6.0, nan), (2, 20, 4.5, nan), (2, 20, nan, 4.25)])
+    points = report.mean_curve([first, second])
+    assert str(points) == str([(1, 10, 5.5, nan), (2, 20, 4.25, nan), (2, 20, nan, 4.375)])
+    file = tmp_path / "my.csv"
+    for result in (row(), row(seed=1, val_loss=3.9), row(rate=2e-3, val_loss=4.6)):
+        append_curve(file, Curve(result.run, first.points))
+        append_row(file, result)
+    report.draw(file)
+    picture = (tmp_path / "my-curves.svg").read_text()
+    assert ">dense, rate 0.001, 2 seeds<" in picture
+    assert "0.002" not in picture
+
+
 def test_without_matplotlib_the_report_says_so(tmp_path, monkeypatch):
     append_curve(tmp_path / "my.csv", Curve(row().run, [(1, 10, 5.0, math.nan)]))
     append_row(tmp_path / "my.csv", row())
