@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from recipes import resuming
 from recipes.checkpoints import refuse_foreign
 from recipes.launching import without_resume
+from recipes.results import RunTable
 from slope_pl import CheckpointError, ConfigError
 from slope_pl.checkpoint import load_module
 from slope_pl.lightning import StopOnSignal
@@ -116,6 +117,11 @@ class RecipeCLI(LightningCLI):
         self.model.restores_checkpoint = self.config[self.subcommand].ckpt_path is not None
 
     before_validate = before_predict = before_fit
+
+    def after_fit(self) -> None:
+        """A run that was killed in its last validation has nothing left to train, and no scores."""
+        if any(isinstance(callback, RunTable) and callback.unscored for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            self.trainer.validate(self.model, datamodule=self.datamodule)
 
     def _parse_ckpt_path(self) -> None:
         """Take the model's settings from the checkpoint, as Lightning does, but say where they replace the given ones."""

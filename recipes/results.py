@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from recipes.meter import Meter
 from slope_pl import SLoPeCallback, SparsityReport, sparsity_report
@@ -34,11 +35,16 @@ class RunTable(pl.Callback):
     """After ``fit`` and ``validate``, prints the table and writes it to result-fit.json or result-validate.json.
 
     A recipe's table is a subclass with :meth:`collect`.
+
+    Attributes:
+        unscored: whether ``fit`` found its run at its end, but no result of it: it was killed in its last validation. Then
+            ``validate`` is to follow, whose result is that of both.
     """
 
     def __init__(self) -> None:
         self._began = 0.0
         self._first_step: int | None = None
+        self.unscored = False
 
     def collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seconds: float | None) -> dict[str, Any]:
         """Everything that the table shows, as plain values: what :func:`collect` makes, and more.
@@ -76,23 +82,36 @@ class RunTable(pl.Callback):
 
     def _show(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seconds: float | None) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: they agree on it by talking
-        if not trainer.is_global_zero:
-            return
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"result-{getattr(trainer.state.fn, 'value', trainer.state.fn)}.json"
-        if seconds is not None and self._first_step in (None, trainer.global_step) and file.is_file():
-            file.touch()
-            print(
-                f"\nThe run was at its end, step {trainer.global_step:,}, already: {file} stays as it is.", flush=True
-            )
+        if seconds is not None and self._was_at_its_end(trainer, file):
+            return
+        if not trainer.is_global_zero:
             return
         result = self.collect(trainer, pl_module, seconds)
         result["rows"] |= {"log": str(folder), "checkpoint": result["checkpoint"] or str(trainer.ckpt_path or "none")}
         # Not pl_module.print: the progress bar is closed by now, and its print would drop the text.
         self.above(trainer, pl_module, result, folder)
         file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if self.unscored:
+            text = json.dumps(result | {"stage": "fit"}, indent=1)
+            file.with_name("result-fit.json").write_text(text + "\n", encoding="utf-8")
         rows = [*result["rows"].items(), ("result", str(file))]
         print("\n" + render(rows, title=self.title(pl_module, result)), flush=True)
+
+    def _was_at_its_end(self, trainer: pl.Trainer, file: Path) -> bool:
+        """Whether there is nothing to show of this ``fit``; says why. All ranks come here and agree."""
+        if self._first_step not in (None, trainer.global_step):
+            return False
+        done = trainer.strategy.broadcast(file.is_file())
+        self.unscored = not done and self._first_step is None and bool(trainer.limit_val_batches)
+        line = f"\nThe run was at its end, step {trainer.global_step:,}, already: "
+        if done:
+            file.touch()
+            rank_zero_only(print)(f"{line}{file} stays as it is.", flush=True)
+        elif self.unscored:
+            rank_zero_only(print)(f"{line}validating what was saved, since there is no {file.name}.", flush=True)
+        return done or self.unscored
 
 
 def collect(

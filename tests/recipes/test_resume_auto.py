@@ -51,6 +51,21 @@ def without_times(curve: Path) -> list[str]:
     return sorted(curve.read_text().splitlines())
 
 
+def test_a_run_killed_in_its_last_validation_gets_its_scores(fit, tmp_path):
+    fit()
+    result = tmp_path / "runs/gpt2/version_0/result-fit.json"
+    expected = json.loads(result.read_text())["scores"]
+    result.unlink()
+    fit()
+    found = json.loads(result.read_text())
+    assert (found["stage"], found["steps"], found["scores"]) == ("fit", 12, expected)
+    validated = result.with_name("result-validate.json")
+    assert json.loads(validated.read_text())["scores"] == expected
+    validated.unlink()
+    fit()
+    assert not validated.exists(), "there is a result: nothing is validated"
+
+
 def test_the_same_command_goes_on_to_the_same_end(fit, tmp_path):
     fit("whole", resume=False)
     strike = ["--trainer.callbacks+", "tests.faults.strike.Strike", "--trainer.callbacks.mark", str(tmp_path / "mark")]
