@@ -38,6 +38,10 @@ class StopOnSignal(pl.Callback):
     Under SLURM with ``SLURMEnvironment(auto_requeue=True)``, Lightning's default, the requeue signal (SIGUSR1 by default:
     ``#SBATCH --signal=SIGUSR1@90``) also puts the job back into the queue, as Lightning would; SIGTERM does not.
 
+    Processes that start within the sanity check or the first step, such as the workers of ``torch.compile``, never see the
+    signals: a cluster sends them to all processes of a job, and torch waits for ever for a worker that is gone (torch 2.11 to
+    2.13). They end with the run.
+
     The file is ``stopped-step{step}.ckpt`` in the folder of the first ``ModelCheckpoint``, or ``dirpath``; an earlier one there
     is removed once the new one is whole. The callback moves to the end of the Trainer's, so that the state of the others is
     that of the finished step. A handler that was there before ``fit`` is called as well.
@@ -61,7 +65,7 @@ class StopOnSignal(pl.Callback):
         self.signals = tuple(signals)
         self.dirpath = dirpath
         self._received = self._step = self._process = 0
-        self._training = False
+        self._training = self._stepped = False
         self._trainer: pl.Trainer | None = None
         self._before: dict[int, Any] = {}
         self._agreement = Agreement()
@@ -83,6 +87,7 @@ class StopOnSignal(pl.Callback):
 
     def _release(self, trainer: pl.Trainer) -> None:
         """Give the signals back, and let Lightning, which sets back what it found, find those handlers."""
+        self._withhold(False)
         for number, handler in self._before.items():
             handler = signal.SIG_DFL if handler is None else handler
             if number in trainer._signal_connector._original_handlers:
@@ -100,6 +105,11 @@ class StopOnSignal(pl.Callback):
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lightning has just set its handlers."""
         self._install()
+        self._withhold(True)
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What came meanwhile, and found no other thread to take it, comes now."""
+        self._withhold(False)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Likewise, where there was no sanity check; it sets everything back at the end of the fit."""
@@ -108,8 +118,20 @@ class StopOnSignal(pl.Callback):
         self._install()
         if self._received:
             self._leave(self._received)  # once more: somebody has caught it
-        self._training, self._step = True, trainer.global_step
+        self._training, self._stepped, self._step = True, False, trainer.global_step
         self._agreement.begin()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The first batch is where a step is compiled."""
+        if not self._stepped:
+            self._withhold(True)
+
+    def _withhold(self, withhold: bool) -> None:
+        """Keep the signals from this thread and from processes that it starts; handlers run as ever, or a step later."""
+        if self._before and threading.current_thread() is threading.main_thread():
+            signal.pthread_sigmask(signal.SIG_BLOCK if withhold else signal.SIG_UNBLOCK, self._before)
 
     def _numbers(self, trainer: pl.Trainer) -> list[int]:
         named = [int(signal.Signals[name]) for name in self.signals]
@@ -147,6 +169,9 @@ class StopOnSignal(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After an optimizer step, and not between the micro-batches of one."""
+        if not self._stepped:
+            self._stepped = True
+            self._withhold(False)
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import subprocess
 import time
 
 import lightning.pytorch as pl
@@ -54,6 +55,52 @@ def test_the_resumed_run_is_the_whole_one(tmp_path, capsys, name, status, at):
     make_trainer(tmp_path, SLoPeCallback(CONFIG), EMAWeightAveraging(decay=0.9)).fit(second, ckpt_path=file)
     assert first.losses + second.losses == whole.losses
     assert_same(second.state_dict(), whole.state_dict())
+
+
+class Starts(Toy):
+    """Starts a process in each step and validation, as a compiler does, and sends it the signal that a cluster sends to all."""
+
+    def __init__(self):
+        super().__init__()
+        self.survived = []
+
+    def start(self):
+        with subprocess.Popen(["sleep", "60"]) as process:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.3)
+            self.survived.append(process.poll() is None)
+            process.kill()
+
+    def training_step(self, batch, batch_idx):
+        self.start()
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.start()
+        return super().validation_step(batch, batch_idx)
+
+
+def test_what_a_first_step_starts_outlives_the_signal(tmp_path):
+    """Workers of torch.compile: torch 2.13 waits for ever for one that is gone, so nothing would be saved."""
+    module, settings = (
+        Starts(),
+        {"max_steps": 2, "limit_val_batches": 1, "num_sanity_val_steps": 1, "val_check_interval": 2},
+    )
+    make_trainer(tmp_path, StopOnSignal(dirpath=str(tmp_path)), **settings).fit(module)
+    assert module.survived == [True, True, False, False], "sanity check, first step, second, validation"
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    module.survived.clear()
+    make_trainer(tmp_path, **settings).fit(module)
+    assert module.survived == [False] * 4
+
+
+def test_an_error_in_the_first_step_gives_the_signals_back(tmp_path):
+    module = Toy()
+    module.loss = None
+    with pytest.raises(TypeError):
+        make_trainer(tmp_path, StopOnSignal(dirpath=str(tmp_path))).fit(module)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_micro_batches_of_a_step_are_not_torn_apart(tmp_path):
