@@ -26,6 +26,7 @@ from recipes.gpt2.launch import data_arguments
 from recipes.gpt2.ledger import Curve, Result, append_curve, read, read_curves, run_name
 from recipes.gpt2.plans import FAMILIES, HERE, Plan, Queue, known_methods, plans
 from recipes.gpt2.report import draw, report
+from recipes.gpt2.scoring import Zeroshot, read_scores, score_runs, score_table
 from recipes.launching import RunError
 from recipes.ledger import append_row
 from recipes.meter import CURVE
@@ -76,6 +77,15 @@ def main(arguments: list[str] | None = None) -> int:
     add("--curve-every", type=int, default=5, help="steps whose mean is one point in the file of the curves")
     add("--checkpoints", action="store_true", help="keep the last checkpoint of every run, below --runs")
     add(
+        "--zeroshot",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="score the runs on the paper's zero-shot tasks too, from local files (layout: recipes.gpt2.zeroshot --help) or, "
+        "without a FOLDER, those of SLOPE_DATA_DIR or the hub; a file of its own beside the CSV; needs the extra eval",
+    )
+    add("--tasks", nargs="+", help="for --zeroshot; default: all that are there")
+    add(
         "--trace-adapters",
         action="store_true",
         help="how adapters converge after their wake, as a third file and a picture",
@@ -92,6 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(report(results))
     if ranks is not None:
         print(f"\n{ranks}")
+    if (scored := score_table(results, read_scores(options.csv))) is not None:
+        print(f"\n{scored}")
     print(draw(options.csv))
     if (drawn := draw_traces(options.csv, results)) is not None:
         print(drawn)
@@ -101,6 +113,12 @@ def main(arguments: list[str] | None = None) -> int:
 def run_all(options: argparse.Namespace, overrides: list[str]) -> int:
     """Make the runs that are missing; the number of failed ones, at most 1."""
     began = time.perf_counter()
+    if options.tasks and options.zeroshot is None:
+        raise SystemExit("--tasks has no effect without --zeroshot")
+    zeroshot = None
+    if options.zeroshot is not None:
+        zeroshot = Zeroshot.of(options.zeroshot, options.tasks, keep=options.checkpoints)
+        options.checkpoints = True  # until they are scored
     location = data_arguments(options.data, options.tokenizer)
     name = options.family or ("novels" if location and torch.cuda.is_available() else "tiny")
     wanted = plans(name, options, overrides)
@@ -133,6 +151,9 @@ def run_all(options: argparse.Namespace, overrides: list[str]) -> int:
         print(
             "--trace-adapters had no effect: no run of this sitting left a trace (rank 0, dense, or adapters never awake)."
         )
+    if zeroshot is not None:
+        budget = options.budget_minutes, began
+        queue.failed += score_runs(wanted, options.csv, lambda plan: run_folder(plan, options), zeroshot, lanes, budget)
     if failed := queue.failed:
         print(f"{len(failed)} runs failed: {'; '.join(failed)}. The same command makes them again.")
     return min(len(failed), 1)
@@ -141,7 +162,7 @@ def run_all(options: argparse.Namespace, overrides: list[str]) -> int:
 def _work(queue: Queue, lane: Mapping[str, str], location: Sequence[str], options: argparse.Namespace) -> None:
     """Make runs one after the other, with a lane's environment, until the queue gives none."""
     while (plan := queue.take()) is not None:
-        label = f"{plan.method}, rate {plan.rate:g}, seed {plan.seed}"
+        label = plan.label
         began = time.perf_counter()
         try:
             result, curve, trace = train(plan, location, options, lane)
@@ -190,6 +211,12 @@ def command_line(
     ]
 
 
+def run_folder(plan: Plan, options: argparse.Namespace) -> Path:
+    """Where a run's logs and checkpoints go."""
+    words = "".join(c if c.isalnum() or c in "=." else "-" for c in f"{plan.method}-{plan.rate:g}-{plan.seed}")
+    return Path(options.runs).absolute() / f"{words}-{run_name(*plan.key)}"
+
+
 def train(
     plan: Plan, location: Sequence[str], options: argparse.Namespace, environment: Mapping[str, str]
 ) -> tuple[Result, Curve, Path]:
@@ -201,8 +228,7 @@ def train(
         options: of the runner.
         environment: set for the run's process.
     """
-    words = "".join(c if c.isalnum() or c in "=." else "-" for c in f"{plan.method}-{plan.rate:g}-{plan.seed}")
-    folder = options.runs.absolute() / f"{words}-{run_name(*plan.key)}"
+    folder = run_folder(plan, options)
     arguments = command_line(plan, location, folder, options.checkpoints, options.trace_adapters)
     file, found = launching.train_and_read(
         "recipes.gpt2.pretrain", pretrain, arguments, folder, options.in_process, launching.one_thread(), environment

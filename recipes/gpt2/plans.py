@@ -84,6 +84,11 @@ class Plan:
         """What makes it the same run."""
         return self.settings, self.rate, self.seed
 
+    @property
+    def label(self) -> str:
+        """How it is called on the screen."""
+        return f"{self.method}, rate {self.rate:g}, seed {self.seed}"
+
 
 def plans(name: str, options: argparse.Namespace, overrides: Sequence[str]) -> list[Plan]:
     """The runs asked for; rates and seeds outermost, so that a cut comparison has all methods."""
