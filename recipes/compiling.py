@@ -1,7 +1,6 @@
 """A training step for torch.compile: as one graph, or block by block where the weights are spread over ranks."""
 
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from slope_pl.lightning.deepspeed import torchs_own_linear
 from slope_pl.lightning.sharding import blocks
 from slope_pl.nn.sharding import is_sharded
 
@@ -64,8 +64,7 @@ def _torchs_own_linear() -> Iterator[None]:
     input, weight and bias, without a word (seen with torch 2.11.0, no longer with 2.13.0). What DeepSpeed's is there for,
     not to hold on to a gathered weight, compiled functions do by themselves: they keep the parameter and derive the rest.
     """
-    zero: Any = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
-    own = None if zero is None else getattr(zero.InsertPostInitMethodToModuleSubClasses, "linear_bk", None)
+    own = torchs_own_linear()
     found = F.linear
     if own is None or found is own:
         yield

@@ -6,19 +6,27 @@ count its steps. So sleeping adapters are trainable from the start, in groups of
 begins to count when they wake.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from packaging.version import Version
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
 
 from slope_pl.checkpoint.mark import Groups, name_groups
-from slope_pl.errors import ScheduleError
+from slope_pl.errors import ConfigError, ScheduleError
 from slope_pl.lightning.optimizers import refuse_flattened
 from slope_pl.nn import SparseLinear, sparse_layers
+
+_LOSES_GRADIENTS = Version(torch.__version__) < Version("2.13")
+"""Whether torch.compile loses those of an autograd function that works in place."""
 
 
 class ZeroAdapters:
@@ -42,6 +50,7 @@ class ZeroAdapters:
         original = type(strategy)._setup_model_and_optimizer
 
         def setup(model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None) -> Any:
+            keep_torchs_linear(strategy, model)
             if optimizer is not None:
                 refuse_flattened(optimizer)
                 self.groups = name_groups(model, optimizer)  # ZeRO puts flat vectors in their place
@@ -119,6 +128,50 @@ def _ask_for_gradient(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, .
     if not torch.is_grad_enabled() or any(isinstance(given, Tensor) and given.requires_grad for given in inputs):
         return None
     return inputs[0].detach().requires_grad_(), *inputs[1:]
+
+
+def keep_torchs_linear(strategy: DeepSpeedStrategy, model: nn.Module) -> None:
+    """Let ZeRO-3 leave ``F.linear`` as it is where torch would compile its replacement to a function without gradients.
+
+    DeepSpeed's adds the bias in place inside an autograd function; torch before 2.13 makes zeros of the gradients of input,
+    weight and bias, without a word (seen with 2.11.0). The price: dense layers hold their gathered weight until the backward.
+
+    Args:
+        strategy: before its engine is made.
+        model: nothing happens where no part of it was given to ``torch.compile``. What is compiled later is not seen here.
+
+    Raises:
+        ConfigError: if DeepSpeed's config asks for the replacement.
+    """
+    if not strategy.zero_stage_3 or not _LOSES_GRADIENTS or not _is_compiled(model):
+        return
+    assert isinstance(strategy.config, dict), "Lightning has read it"
+    zero = strategy.config["zero_optimization"]
+    if zero.get("memory_efficient_linear"):
+        raise ConfigError(
+            f"memory_efficient_linear=True in DeepSpeed's config, and torch.compile: torch {torch.__version__} makes zeros of "
+            "the gradients of dense layers with a bias. Leave the setting out, or use torch 2.13 or newer"
+        )
+    zero["memory_efficient_linear"] = False
+    own = torchs_own_linear()
+    if own is not None:
+        F.linear = own  # an engine before this one has put its own in its place
+    rank_zero_info(
+        f"SLoPe: the model is compiled, so ZeRO-3 leaves F.linear as it is (memory_efficient_linear: false): torch "
+        f"{torch.__version__} would make zeros of its gradients."
+    )
+
+
+def torchs_own_linear() -> Any:
+    """What ``F.linear`` was before DeepSpeed replaced it in the whole process; None if it never did."""
+    zero: Any = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    return None if zero is None else getattr(zero.InsertPostInitMethodToModuleSubClasses, "linear_bk", None)
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return getattr(model, "_compiler_ctx", None) is not None or any(
+        isinstance(part, OptimizedModule) or part._compiled_call_impl is not None for part in model.modules()
+    )
 
 
 def sleeping_groups(layers: dict[str, SparseLinear], optimizer: Optimizer) -> dict[int, float]:

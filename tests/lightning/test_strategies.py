@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.compile import from_compiled
 from torch import nn
 
 from slope_pl import (
@@ -21,6 +23,7 @@ from slope_pl import (
     SLoPeSingleDeviceStrategy,
     sparse_layers,
 )
+from slope_pl.lightning import deepspeed
 from slope_pl.lightning.callback import check_strategy
 from tests.lightning.toy import CONFIG, QUIET, Net, Toy, assert_same, fit, hf_bert, hf_gpt2, make_trainer, snapshot
 
@@ -255,3 +258,34 @@ def test_fsdp2_says_what_the_meta_device_loses(tmp_path):
         fit_unbuilt(SLoPeConfig())
     with pytest.warns(UserWarning, match=r"2 parameters .* is lost, unless a checkpoint is restored"):
         fit_unbuilt(None)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")  # torch.compile imports it
+@pytest.mark.parametrize("way", ["eager", "module.compile()", "torch.compile(part)", "torch.compile(module)"])
+def test_zero_3_leaves_torchs_linear_to_what_is_compiled(monkeypatch, way):
+    """torch 2.11 makes zeros of the gradients of DeepSpeed's; tests/gpu/test_strategies.py trains there."""
+    own, module = F.linear, Toy()
+    monkeypatch.setattr(deepspeed, "_LOSES_GRADIENTS", True)
+    monkeypatch.setattr(deepspeed, "torchs_own_linear", lambda: own)
+    monkeypatch.setattr(F, "linear", replacement := lambda *args: own(*args))
+    strategy = SLoPeDeepSpeedStrategy(stage=3)
+    if way == "module.compile()":
+        module.net.blocks[1].compile()
+    elif way == "torch.compile(part)":
+        module.net.blocks[1] = torch.compile(module.net.blocks[1])
+    elif way == "torch.compile(module)":
+        module = from_compiled(torch.compile(module))  # what a Trainer makes of it
+    deepspeed.keep_torchs_linear(strategy, module)
+    compiled = way != "eager"
+    assert (strategy.config["zero_optimization"].get("memory_efficient_linear") is False) is compiled
+    assert F.linear is (own if compiled else replacement)
+    second = SLoPeDeepSpeedStrategy(stage=2)
+    deepspeed.keep_torchs_linear(second, module)
+    assert "memory_efficient_linear" not in second.config["zero_optimization"]
+    strategy.config["zero_optimization"]["memory_efficient_linear"] = True
+    if compiled:
+        with pytest.raises(ConfigError, match="memory_efficient_linear=True in DeepSpeed's config"):
+            deepspeed.keep_torchs_linear(strategy, module)
+    monkeypatch.setattr(deepspeed, "_LOSES_GRADIENTS", False)
+    deepspeed.keep_torchs_linear(strategy, module)
+    assert strategy.config["zero_optimization"]["memory_efficient_linear"] is True
