@@ -263,7 +263,7 @@ def test_fsdp2_says_what_the_meta_device_loses(tmp_path):
 @pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")  # torch.compile imports it
 @pytest.mark.parametrize("way", ["eager", "module.compile()", "torch.compile(part)", "torch.compile(module)"])
 def test_zero_3_leaves_torchs_linear_to_what_is_compiled(monkeypatch, way):
-    """torch 2.11 makes zeros of the gradients of DeepSpeed's; tests/gpu/test_strategies.py trains there."""
+    """torch 2.11 makes zeros of the gradients of DeepSpeed's; tests/distributed/test_compiled.py has the recipes."""
     own, module = F.linear, Toy()
     monkeypatch.setattr(deepspeed, "_LOSES_GRADIENTS", True)
     monkeypatch.setattr(deepspeed, "torchs_own_linear", lambda: own)

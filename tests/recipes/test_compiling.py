@@ -79,7 +79,7 @@ def test_a_spread_net_is_compiled_by_blocks_and_a_whole_one_as_one(compiled, mon
 
 
 def test_deepspeeds_linear_is_out_while_a_compiled_function_runs(compiled, monkeypatch):
-    """torch 2.11 makes zeros of its gradients; ``tests/gpu/test_strategies.py`` trains with it."""
+    """torch 2.11 makes zeros of its gradients; ``tests/distributed/test_compiled.py`` trains with it."""
     zero = pytest.importorskip("deepspeed.runtime.zero.partition_parameters").InsertPostInitMethodToModuleSubClasses
     own, layer = F.linear, nn.Linear(4, 4)
     monkeypatch.setattr(zero, "linear_bk", own, raising=False)
