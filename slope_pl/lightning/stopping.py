@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from slope_pl.errors import ConfigError
 from slope_pl.lightning.agreement import Agreement
+from slope_pl.lightning.shielding import Shield, end_compile_workers
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,10 @@ class StopOnSignal(pl.Callback):
     only takes note. Ranks agree once an optimizer step, over the CPU and without waiting (the answer is read one step later),
     so that a signal to one rank stops all of them after the same step. Within a validation nothing is saved: the run stops
     after the first step that follows it.
+
+    A cluster signals every process of a job. What a step starts does not get these signals: torch.compile's workers would die
+    of them, and the step that waits for a kernel would never end. Workers from before training are started again. A data
+    loader's own need ``worker_init_fn=slope_pl.data.outlive_signals``, or torch ends the run when one dies.
 
     Before training starts there is nothing to save: the process that gets the signal says so and ends at once, with the same
     status. That holds from ``setup`` on; data modules are set up before callbacks, so call :meth:`watch` before ``fit`` to
@@ -64,7 +69,7 @@ class StopOnSignal(pl.Callback):
         self._training = False
         self._trainer: pl.Trainer | None = None
         self._before: dict[int, Any] = {}
-        self._agreement = Agreement()
+        self._agreement, self._shield = Agreement(), Shield()
 
     def watch(self, trainer: pl.Trainer) -> None:
         """Handle the signals from now on, before ``fit`` does anything; ``setup`` does the same."""
@@ -105,6 +110,8 @@ class StopOnSignal(pl.Callback):
         """Likewise, where there was no sanity check; it sets everything back at the end of the fit."""
         if threading.current_thread() is not threading.main_thread():
             log.warning("StopOnSignal has no effect: only the main thread of a process can handle signals")
+        else:
+            end_compile_workers()
         self._install()
         if self._received:
             self._leave(self._received)  # once more: somebody has caught it
@@ -143,10 +150,17 @@ class StopOnSignal(pl.Callback):
         )
         raise SIGTERMException(128 + number)
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Within a step a signal would only be taken note of: it may as well wait, and what is started is spared."""
+        self._shield.raise_against(self._before)
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After an optimizer step, and not between the micro-batches of one."""
+        self._shield.lower()
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
@@ -180,6 +194,10 @@ class StopOnSignal(pl.Callback):
         log_dir = trainer.log_dir  # on every rank: they agree on it by talking
         return Path(savers[0]) if savers else Path(log_dir or trainer.default_root_dir) / "checkpoints"
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A batch that a hook leaves out has a start and no end."""
+        self._shield.lower()
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A signal that comes after the last step ends nothing: the run is done."""
         self._agreement.end()
@@ -191,6 +209,7 @@ class StopOnSignal(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Without waiting for the others, which may be gone."""
+        self._shield.lower()
         self._agreement.drop()
         self._release(trainer)
 
