@@ -9,6 +9,7 @@ from slope_pl.data.mlm_datamodule import MlmDataModule
 from slope_pl.data.mlm_pairs import MlmPairs
 from slope_pl.data.mlm_sentences import load_sentence_tokenizer
 from slope_pl.data.pair_tokenizer import PairTokenizer, load_pair_tokenizer
+from slope_pl.data.signals import outlive_signals
 from slope_pl.data.squad import Answer, DataUnavailableError, SquadExample, SquadFormatError, read_squad
 from slope_pl.data.squad_datamodule import SquadDataModule
 from slope_pl.data.squad_decode import NBest, SquadSpans, decode_predictions, score_predictions, write_predictions
@@ -56,6 +57,7 @@ __all__ = [
     "load_pair_tokenizer",
     "load_sentence_tokenizer",
     "load_wordpiece",
+    "outlive_signals",
     "prepare_shards",
     "read_glue",
     "read_squad",

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from slope_pl.data.signals import outlive_signals
+
 Batch = dict[str, Tensor]
 T = TypeVar("T")
 
@@ -152,6 +154,7 @@ class LoaderModule(pl.LightningDataModule):
             # Otherwise each pass draws a seed from the global generator, and a resumed run, which makes one pass more,
             # would see other dropout masks.
             "generator": torch.Generator(),
+            "worker_init_fn": outlive_signals,  # and not Lightning's, which seeds: nothing in a worker is drawn
         }
 
 

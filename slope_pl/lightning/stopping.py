@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from slope_pl.errors import ConfigError
 from slope_pl.lightning.agreement import Agreement
+from slope_pl.lightning.shielding import Shield, end_compile_workers
 
 log = logging.getLogger(__name__)
 
@@ -31,16 +32,16 @@ class StopOnSignal(pl.Callback):
     so that a signal to one rank stops all of them after the same step. Within a validation nothing is saved: the run stops
     after the first step that follows it.
 
+    A cluster signals every process of a job. What a step starts does not get these signals: torch.compile's workers would die
+    of them, and the step that waits for a kernel would never end. Workers from before training are started again. A data
+    loader's own need ``worker_init_fn=slope_pl.data.outlive_signals``, or torch ends the run when one dies.
+
     Before training starts there is nothing to save: the process that gets the signal says so and ends at once, with the same
     status. That holds from ``setup`` on; data modules are set up before callbacks, so call :meth:`watch` before ``fit`` to
     have it while they prepare data too (the recipes' command line does).
 
     Under SLURM with ``SLURMEnvironment(auto_requeue=True)``, Lightning's default, the requeue signal (SIGUSR1 by default:
     ``#SBATCH --signal=SIGUSR1@90``) also puts the job back into the queue, as Lightning would; SIGTERM does not.
-
-    Processes that start within the sanity check or the first step, such as the workers of ``torch.compile``, never see the
-    signals: a cluster sends them to all processes of a job, and torch waits for ever for a worker that is gone (torch 2.11 to
-    2.13). They end with the run.
 
     The file is ``stopped-step{step}.ckpt`` in the folder of the first ``ModelCheckpoint``, or ``dirpath``; an earlier one there
     is removed once the new one is whole. The callback moves to the end of the Trainer's, so that the state of the others is
@@ -65,10 +66,10 @@ class StopOnSignal(pl.Callback):
         self.signals = tuple(signals)
         self.dirpath = dirpath
         self._received = self._step = self._process = 0
-        self._training = self._stepped = False
+        self._training = False
         self._trainer: pl.Trainer | None = None
         self._before: dict[int, Any] = {}
-        self._agreement = Agreement()
+        self._agreement, self._shield = Agreement(), Shield()
 
     def watch(self, trainer: pl.Trainer) -> None:
         """Handle the signals from now on, before ``fit`` does anything; ``setup`` does the same."""
@@ -87,7 +88,6 @@ class StopOnSignal(pl.Callback):
 
     def _release(self, trainer: pl.Trainer) -> None:
         """Give the signals back, and let Lightning, which sets back what it found, find those handlers."""
-        self._withhold(False)
         for number, handler in self._before.items():
             handler = signal.SIG_DFL if handler is None else handler
             if number in trainer._signal_connector._original_handlers:
@@ -105,33 +105,18 @@ class StopOnSignal(pl.Callback):
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lightning has just set its handlers."""
         self._install()
-        self._withhold(True)
-
-    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """What came meanwhile, and found no other thread to take it, comes now."""
-        self._withhold(False)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Likewise, where there was no sanity check; it sets everything back at the end of the fit."""
         if threading.current_thread() is not threading.main_thread():
             log.warning("StopOnSignal has no effect: only the main thread of a process can handle signals")
+        else:
+            end_compile_workers()
         self._install()
         if self._received:
             self._leave(self._received)  # once more: somebody has caught it
-        self._training, self._stepped, self._step = True, False, trainer.global_step
+        self._training, self._step = True, trainer.global_step
         self._agreement.begin()
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """The first batch is where a step is compiled."""
-        if not self._stepped:
-            self._withhold(True)
-
-    def _withhold(self, withhold: bool) -> None:
-        """Keep the signals from this thread and from processes that it starts; handlers run as ever, or a step later."""
-        if self._before and threading.current_thread() is threading.main_thread():
-            signal.pthread_sigmask(signal.SIG_BLOCK if withhold else signal.SIG_UNBLOCK, self._before)
 
     def _numbers(self, trainer: pl.Trainer) -> list[int]:
         named = [int(signal.Signals[name]) for name in self.signals]
@@ -165,13 +150,17 @@ class StopOnSignal(pl.Callback):
         )
         raise SIGTERMException(128 + number)
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Within a step a signal would only be taken note of: it may as well wait, and what is started is spared."""
+        self._shield.raise_against(self._before)
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After an optimizer step, and not between the micro-batches of one."""
-        if not self._stepped:
-            self._stepped = True
-            self._withhold(False)
+        self._shield.lower()
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
@@ -205,6 +194,10 @@ class StopOnSignal(pl.Callback):
         log_dir = trainer.log_dir  # on every rank: they agree on it by talking
         return Path(savers[0]) if savers else Path(log_dir or trainer.default_root_dir) / "checkpoints"
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A batch that a hook leaves out has a start and no end."""
+        self._shield.lower()
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A signal that comes after the last step ends nothing: the run is done."""
         self._agreement.end()
@@ -216,6 +209,7 @@ class StopOnSignal(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Without waiting for the others, which may be gone."""
+        self._shield.lower()
         self._agreement.drop()
         self._release(trainer)
 
