@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -79,6 +80,11 @@ class RecipeCLI(LightningCLI):
                 f"--resume auto and --ckpt_path {path} contradict each other: one looks for a checkpoint, the other names it. "
                 "Leave one of them out"
             )
+        if resume and section.trainer.enable_checkpointing is False:
+            raise ConfigError(
+                "--resume auto and --trainer.enable_checkpointing false contradict each other: a run that saves nothing leaves "
+                "nothing to go on from. Leave one of them out, or name a checkpoint to go on from with --ckpt_path"
+            )
         if resume:
             self._resume(name, args is None)
         elif path and Path(path).exists() and (reason := damage(Path(path))) is not None:
@@ -105,8 +111,12 @@ class RecipeCLI(LightningCLI):
             sys.argv[1:] = [*without_resume(sys.argv[1:]), *chosen]  # processes that this one starts begin with these
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """From here on a signal before training says that nothing is saved: data are prepared before callbacks are asked."""
-        trainer = super().instantiate_trainer(**kwargs)
+        """Without the callbacks of a config that were switched off: Lightning would refuse to have both.
+
+        From here on a signal before training says that nothing is saved: data are prepared before callbacks are asked.
+        """
+        settings = dict(self._get(self.config_init, "trainer", default={})) | kwargs
+        trainer = super().instantiate_trainer(**kwargs | {"callbacks": _switched_on(settings)})
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if self.subcommand == "fit" and isinstance(callback, StopOnSignal):
                 callback.watch(trainer)
@@ -142,6 +152,20 @@ class RecipeCLI(LightningCLI):
     def _model_settings(self) -> dict[str, Any]:
         section = self.config.get(self.config.get("subcommand") or "", {})
         return dict(section["model"].as_dict()) if "model" in section else {}
+
+
+def _switched_on(settings: dict[str, Any]) -> list[pl.Callback]:
+    """The callbacks that the Trainer's ``enable_progress_bar`` and ``enable_checkpointing`` leave; a signal obeys them, too."""
+    found = settings.get("callbacks") or []
+    callbacks: list[pl.Callback] = list(found) if isinstance(found, list) else [found]
+    if settings.get("enable_progress_bar") is False:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+    if settings.get("enable_checkpointing") is False:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+        for callback in callbacks:
+            if isinstance(callback, StopOnSignal):
+                callback.saves = False
+    return callbacks
 
 
 @rank_zero_only

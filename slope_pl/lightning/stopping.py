@@ -50,13 +50,17 @@ class StopOnSignal(pl.Callback):
     Args:
         signals: names of signals.
         dirpath: where the checkpoint goes.
+        saves: whether there is a checkpoint at all. Without, the run ends at the same moment with the same status, and a line
+            that says that nothing is saved; it is not put back into the queue, where it would begin anew each time.
 
     Raises:
         ConfigError: if a name is not that of a signal that can be handled.
         SIGTERMException: from ``fit``, once the checkpoint is written, or before training starts. It is a ``SystemExit``.
     """
 
-    def __init__(self, signals: tuple[str, ...] = ("SIGTERM", "SIGUSR1"), dirpath: str | None = None) -> None:
+    def __init__(
+        self, signals: tuple[str, ...] = ("SIGTERM", "SIGUSR1"), dirpath: str | None = None, saves: bool = True
+    ) -> None:
         for name in signals:
             if name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP", "SIGINT"):
                 raise ConfigError(
@@ -64,7 +68,7 @@ class StopOnSignal(pl.Callback):
                     "'SIGTERM', 'SIGUSR1', 'SIGUSR2' (Lightning has its own way with Ctrl+C)"
                 )
         self.signals = tuple(signals)
-        self.dirpath = dirpath
+        self.dirpath, self.saves = dirpath, saves
         self._received = self._step = self._process = 0
         self._training = False
         self._trainer: pl.Trainer | None = None
@@ -169,7 +173,12 @@ class StopOnSignal(pl.Callback):
             self._stop(trainer, number)
 
     def _stop(self, trainer: pl.Trainer, number: int) -> None:
-        name = signal.Signals(number).name
+        at = f"{signal.Signals(number).name}: stopped after step {trainer.global_step:,}"
+        if not self.saves:
+            if trainer.is_global_zero:
+                anew = " The job is not requeued: it would begin anew." if number == _requeue_signal(trainer) else ""
+                print(f"{at}. Checkpoints are switched off, so nothing is saved.{anew}", flush=True)
+            raise SIGTERMException(128 + number)
         folder = self._folder(trainer)
         file = folder / f"stopped-step{trainer.global_step}.ckpt"
         trainer.save_checkpoint(file)
@@ -180,11 +189,7 @@ class StopOnSignal(pl.Callback):
                     trainer.strategy.remove_checkpoint(older)
             if number == _requeue_signal(trainer):
                 again = f" {_requeue()}."
-            print(
-                f"{name}: stopped after step {trainer.global_step:,}. The run goes on from {file} (fit --resume auto, or "
-                f"ckpt_path).{again}",
-                flush=True,
-            )
+            print(f"{at}. The run goes on from {file} (fit --resume auto, or ckpt_path).{again}", flush=True)
         raise SIGTERMException(128 + number)
 
     def _folder(self, trainer: pl.Trainer) -> Path:

@@ -183,6 +183,16 @@ def test_slurm_requeues_on_its_signal_alone(slurm, tmp_path, capsys):
     assert slurm.read_text() == "requeue 417\n"
 
 
+def test_a_run_that_does_not_save_is_not_requeued(slurm, tmp_path, capsys):
+    for number, anew in ((signal.SIGTERM, ""), (signal.SIGUSR1, " The job is not requeued: it would begin anew.")):
+        callback = StopOnSignal(dirpath=str(tmp_path), saves=False)
+        stopped(make_trainer(tmp_path, callback, plugins=[SLURMEnvironment()]), Send(number, at=3), 128 + number)
+        said = "stopped after step 4. Checkpoints are switched off, so nothing is saved."
+        assert capsys.readouterr().out.splitlines() == [f"{signal.Signals(number).name}: {said}{anew}"]
+    assert not slurm.exists()
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
 def test_slurm_arrays_other_signals_and_failures(slurm, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "40")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
