@@ -1,6 +1,7 @@
 """Zero-shot scores in a comparison: made once from the runs' checkpoints, kept beside the results and shown."""
 
 import math
+import time
 
 import pytest
 
@@ -71,6 +72,7 @@ def test_a_run_that_cannot_be_scored_is_named_and_tried_again(arguments, tmp_pat
     assert len(read(tmp_path / "my.csv")) == 2
 
     def give(checkpoint, run, *rest):
+        time.sleep(0.05)  # longer than the budget below, 6 ms
         return [TaskScore(run, "piqa", 50.0, math.nan, 1)]
 
     monkeypatch.setattr(scoring, "score", give)
