@@ -84,12 +84,15 @@ def refresh(
 
 
 def _refresh_bias(pair: Pair, bias: Tensor) -> None:
-    """The bias in the compute dtype: its address is part of every plan, so a copy keeps its place."""
-    if bias.dtype == pair.dtype and bias.is_contiguous() and bias.data_ptr() % 16 == 0:
-        pair.bias = None  # the layer's own serves
+    """The bias in the compute dtype: its address is part of every plan, so a copy keeps its place.
+
+    The layer's own serves where it stays; one that is gathered for a product lies elsewhere each time.
+    """
+    if pair.lasting and bias.dtype == pair.dtype and bias.is_contiguous() and bias.data_ptr() % 16 == 0:
+        pair.bias = None
         return
-    if pair.bias is None or pair.bias.shape != bias.shape:
-        pair.bias = _allocate(tuple(bias.shape), pair, bias.device)
+    if pair.bias is None or pair.bias.shape != bias.shape or pair.bias.device != bias.device:
+        pair.bias = _lasting(tuple(bias.shape), pair.dtype, bias.device)
     pair.bias.copy_(bias)
 
 
@@ -139,13 +142,9 @@ def _new_operand(like: Tensor, rows: int, columns: int, pair: Pair) -> Tensor:
         )
     order = order_of(rows, columns, like.device)
     size = torch.ops.slope_cuda.operand_bytes(like, rows, columns, pair.dtype, order)
-    return _allocate((size // 2,), pair, like.device)
-
-
-def _allocate(shape: tuple[int, ...], pair: Pair, device: torch.device) -> Tensor:
     if not pair.lasting:
-        return torch.empty(shape, dtype=pair.dtype, device=device)
-    return _lasting(shape, pair.dtype, device)
+        return torch.empty(size // 2, dtype=pair.dtype, device=like.device)
+    return _lasting((size // 2,), pair.dtype, like.device)
 
 
 def _lasting(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

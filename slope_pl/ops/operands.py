@@ -118,13 +118,14 @@ class Operands:
     Attributes:
         adopted: whether they belong to a weight yet; those of a copied or unpickled layer do not.
         transient: make them for each product and keep none: of a weight that is gathered for its products alone, kept
-            ones would be the whole weight again.
+            ones would be the whole weight again. Only the copy of the bias stays, ``d_out`` numbers.
     """
 
     def __init__(self) -> None:
         self.adopted = False
         self.transient = False
         self._pairs: dict[tuple[torch.dtype, str], Pair] = {}
+        self._biases: dict[tuple[torch.dtype, str], Tensor] = {}
         self._sources: tuple[Tensor, ...] = ()
 
     def adopt(self, values: Tensor, indices: Tensor) -> None:
@@ -150,6 +151,8 @@ class Operands:
         if transient:
             self._pairs.clear()
             self._sources = ()
+        else:
+            self._biases.clear()
         return transient
 
     def distrust(self) -> None:
@@ -233,10 +236,14 @@ class Operands:
         backward: bool,
     ) -> Pair:
         """Operands for one product, which nothing holds but that product."""
-        pair = Pair(dtype, backend, lasting=False)
+        pair, key = Pair(dtype, backend, lasting=False), (dtype, backend)
+        if forward and bias is not None:
+            pair.bias = self._biases.get(key)
         everything = Change(pattern=True, columns=True, needs_backward=backward, needs_forward=forward)
         with torch.inference_mode(False), torch.no_grad():
             get_backend(backend).refresh(pair, values.detach(), indices, backward_indices, bias, everything)
+        if pair.bias is not None:
+            self._biases[key] = pair.bias
         return pair
 
     def refresh_all(self, values: Tensor, indices: Tensor, backward_indices: Tensor, bias: Tensor | None) -> None:
@@ -299,7 +306,7 @@ class Operands:
 
     def nbytes(self) -> int:
         """Bytes that the operands take beside the values."""
-        total = 0
+        total = sum(bias.nbytes for bias in self._biases.values())
         for pair in self._pairs.values():
             total += sum(tensor.nbytes for tensor in (pair.forward, pair.backward, pair.bias) if tensor is not None)
             if pair.forward is not None and pair.forward_is_values:

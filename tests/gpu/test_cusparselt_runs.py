@@ -237,6 +237,25 @@ def test_transient_operands_give_the_bits_of_kept_ones(size, dtype, compiled):
     assert layer.operand_bytes() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_gathered_bias_costs_one_plan_wherever_it_comes_to_lie(dtype):
+    layer = make(2048, 4096, dtype=dtype)
+    x, _ = inputs(layer, 256, dtype=torch.bfloat16)
+    layer._operands.become_transient(True)
+    biases, results, plans = [], [], set()
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=dtype is torch.float32):
+        for _ in range(6):
+            biases.append(layer.bias.detach().clone())  # kept, so that none lies where one before it did
+            layer.bias.data = biases[-1]
+            results.append(layer(x))
+            plans.add(torch.ops.slope_cuda.kept_plans(x))
+        layer.bias.data = torch.zeros_like(layer.bias)
+        assert torch.allclose((results[0] - layer(x)).float(), biases[0].float().expand(256, -1), atol=0.1)
+    assert len({bias.data_ptr() for bias in biases}) == 6
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert len(plans) == 1
+
+
 def test_opcheck_of_the_differentiable_product():
     layer = make()
     x, _ = inputs(layer, 16)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from slope_pl import SLoPeConfig, SparseLinear, ops
 from slope_pl.nn import invalidate_operands
-from slope_pl.ops import backends
+from slope_pl.ops import backends, cusparselt
 from tests.unit.reference import gaussian
 from tests.unit.sparse_linear_cases import D_IN, D_OUT, assert_current, input_of, make, run
 
@@ -335,6 +335,33 @@ def test_transient_operands_are_made_for_one_product_each(fused, made):
     with torch.autocast("cpu", torch.bfloat16):
         kept[1](torch.nn.functional.gelu(kept[0](x))).sum().backward()
     assert torch.equal(gradient, x.grad)
+
+
+@pytest.mark.parametrize("transient", [False, True])
+def test_the_copy_of_a_bias_stays_where_it_is_wherever_the_bias_lies(transient, monkeypatch):
+    """A plan of cuSPARSELt holds the address of its bias: a gathered one would cost its set-up at each forward."""
+    used, reference = [], ops.get_backend("reference")
+
+    def refresh(pair, values, indices, backward_indices, bias, change):
+        reference.refresh(pair, values, indices, backward_indices, bias, change)
+        if bias is not None:
+            cusparselt._refresh_bias(pair, bias)
+            used.append(bias.data_ptr() if pair.bias is None else pair.bias.data_ptr())
+
+    monkeypatch.setattr(cusparselt, "_lasting", lambda shape, dtype, device: torch.empty(shape, dtype=dtype))
+    monkeypatch.setitem(backends._REGISTRY, "reference", replace(reference, refresh=refresh))
+    layer = make()
+    layer._operands.become_transient(transient)
+    biases = [torch.full((D_OUT,), float(i)) for i in range(3)]
+    x = input_of(layer)
+    with torch.no_grad():
+        plain = layer(x) - layer.bias
+        for bias in biases:
+            layer.bias.data = bias
+            torch.testing.assert_close(layer(x), plain + bias)
+    assert len(used) == (4 if transient else 1), "a kept pair uses the layer's own bias"
+    assert len(set(used)) == 1
+    assert layer.operand_bytes() == (4 * D_OUT if transient else 0)
 
 
 def test_a_layer_that_becomes_sharded_lets_go_of_its_whole_values():
