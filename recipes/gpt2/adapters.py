@@ -12,8 +12,8 @@ from pathlib import Path
 from recipes import convergence
 from recipes.convergence import COLUMNS, Point, means_by_kind, thinned
 from recipes.convergence_plot import convergence_curves
-from recipes.gpt2.ledger import Curve, Result
-from recipes.gpt2.report import best_rates
+from recipes.gpt2.ledger import Curve, Result, best_rates
+from recipes.gpt2.plans import labels
 from recipes.ledger import append_lines
 
 MOST_STEPS = 60
@@ -67,10 +67,10 @@ def read_traces(file: Path) -> dict[str, list[Point]]:
 
 def draw_traces(file: Path, results: Sequence[Result]) -> str | None:
     """Draw each method's adapters at its best rate, first seed, beside ``file``; None without traces, else where."""
-    traces, best = read_traces(file), best_rates(results)
+    traces, best, names = read_traces(file), best_rates(results), labels(results)
     shown: dict[str, list[Point]] = {}
     for result in results:
-        label = f"{result.method}, rate {result.rate:g}"
+        label = f"{names[result.settings].replace('`', '')}, rate {result.rate:g}"
         if result.rate == best[result.settings] and label not in shown and result.run in traces:
             shown[label] = traces[result.run]
     if not shown:
@@ -107,12 +107,12 @@ def rank_table(results: Sequence[Result], curves: dict[str, Curve]) -> str | Non
         found = split_rank(result.settings)
         if found is not None:
             groups[result.family, result.steps, found[0]][result.settings].append(result)
-    lines = [HEADER]
+    lines, names = [HEADER], labels(results)
     for group in groups.values():
         ranks = sorted((_rank(settings), settings) for settings in group)
         zero = group[ranks[0][1]]
         if ranks[0][0] == 0 and ranks[-1][0] > 0:
-            lines += [_row(rank, group[settings], zero, curves) for rank, settings in ranks]
+            lines += [_row(names[settings], rank, group[settings], zero, curves) for rank, settings in ranks]
     if len(lines) == 1:
         return None
     note = (
@@ -127,10 +127,10 @@ def _rank(settings: str) -> int:
     return found[1] if found is not None else 0
 
 
-def _row(rank: int, own: Sequence[Result], zero: Sequence[Result], curves: dict[str, Curve]) -> str:
+def _row(label: str, rank: int, own: Sequence[Result], zero: Sequence[Result], curves: dict[str, Curve]) -> str:
     (rate,), (zero_rate,) = best_rates(own).values(), best_rates(zero).values()
     loss, zero_loss = _loss(own, rate), _loss(zero, zero_rate)
-    cells = [own[0].method, str(rank), f"{rate:g}", _number(loss, sign="")]
+    cells = [label, str(rank), f"{rate:g}", _number(loss, sign="")]
     if rank:
         cells += [_number(zero_loss - loss), _number(zero_loss - _loss(own, zero_rate))]
         cells += map(_number, _jumps([r for r in own if r.rate == rate], zero, curves))

@@ -3,6 +3,9 @@
 import csv
 import hashlib
 import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +66,22 @@ class Result:
 def run_name(settings: str, rate: float, seed: int) -> str:
     """Eight letters for a run: the same settings, rate and seed give the same ones."""
     return hashlib.sha256(f"{settings} | {rate!r} | {seed}".encode()).hexdigest()[:8]
+
+
+def best_rates(results: Sequence[Result]) -> dict[str, float]:
+    """The rate of lowest mean loss for each settings; of one that diverged at every rate, the lowest rate."""
+    by_settings: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        by_settings[result.settings][result.rate].append(result.val_loss)
+    return {
+        settings: min(losses, key=lambda rate: (mean_loss(losses[rate]), rate))
+        for settings, losses in by_settings.items()
+    }
+
+
+def mean_loss(values: Sequence[float]) -> float:
+    """Infinite if a run among them diverged: no best rate, then."""
+    return math.inf if any(math.isnan(value) for value in values) else statistics.mean(values)
 
 
 Point = tuple[int, int, float, float]

@@ -9,9 +9,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from recipes.gpt2.ledger import read
-from recipes.gpt2.report import best_rates
+from recipes.gpt2.ledger import Result, best_rates, read
 
 HERE = Path(__file__).parent
 
@@ -93,18 +93,24 @@ class Plan:
 def plans(name: str, options: argparse.Namespace, overrides: Sequence[str]) -> list[Plan]:
     """The runs asked for; rates and seeds outermost, so that a cut comparison has all methods."""
     known = dict(FAMILIES[name].methods)
-    own = dict(_own_method(text) for text in options.add)
+    own = _once("--add", [_own_method(text) for text in options.add])
     if clash := sorted(own.keys() & known.keys()):
         raise SystemExit(f"--add: {', '.join(clash)} is one of the methods already; choose another name")
     known |= own
     methods = options.methods or ([*own] or [*DEFAULT[name]])
-    given = dict(_with_rates(text) for text in ([*known] if methods == ["all"] else methods))
+    given = _once("--methods", [_with_rates(text) for text in ([*known] if methods == ["all"] else methods)])
     if unknown := [method for method in given if method not in known]:
         raise SystemExit(f"--methods: {', '.join(map(repr, unknown))} unknown; {name} has {', '.join(known)}")
     settings = {method: " ".join([known[method], shlex.join(overrides)]).strip() for method in given}
     rates = options.rates or list(FAMILIES[name].rates)
     if wrong := [rate for rate in itertools.chain(rates, *given.values()) if not 0 < rate < 1]:
         raise SystemExit(f"--rates: {wrong[0]:g} is no learning rate; numbers above 0 and below 1 are expected")
+    for option, numbers in (
+        ("--seeds", options.seeds),
+        ("--rates", rates),
+        *((f"--methods {m}", r) for m, r in given.items()),
+    ):
+        _once(option, [(str(number), None) for number in numbers])
     if not options.best_rates:
         own_rates = {method: tried or rates for method, tried in given.items()}
         longest = max(map(len, own_rates.values()))
@@ -119,6 +125,14 @@ def plans(name: str, options: argparse.Namespace, overrides: Sequence[str]) -> l
         Plan(name, method, settings[method], best[settings[method]], seed)
         for seed, method in itertools.product(options.seeds, given)
     ]
+
+
+def _once(option: str, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of pairs; an error if a key is there twice, of which the second would count, or a run be made twice."""
+    keys = [key for key, _ in pairs]
+    if twice := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
+        raise SystemExit(f"{option}: {', '.join(twice)} is there twice; leave one of them out")
+    return dict(pairs)
 
 
 def _with_rates(text: str) -> tuple[str, list[float]]:
@@ -136,6 +150,36 @@ def _own_method(text: str) -> tuple[str, str]:
     if not colon or not name.strip() or not config or not (HERE / config[0]).is_file():
         raise SystemExit(f"--add {text!r}: 'NAME: CONFIG.yaml ARGUMENTS' is expected, with a config of {HERE.name}/")
     return name.strip(), settings.strip()
+
+
+def shared_arguments(results: Sequence[Result]) -> dict[str, str]:
+    """What a run was given beside its method's own arguments (``--model.size medium``), by its settings; "" for nothing.
+
+    A method of the reader's own (``--add``) has its arguments in front of those, which are told by the other methods.
+    """
+    given: dict[str, str] = {}
+    for result in results:
+        family = FAMILIES.get(result.family)
+        own = family.methods.get(result.method) if family else None
+        if own is not None and f"{result.settings} ".startswith(f"{own} "):
+            given[result.settings] = result.settings.removeprefix(own).strip()
+    known = sorted({text for text in given.values() if text}, key=len, reverse=True)
+    for result in results:
+        ends = (text for text in known if result.settings.endswith(f" {text}"))
+        given.setdefault(result.settings, next(ends, ""))
+    return given
+
+
+def labels(results: Sequence[Result]) -> dict[str, str]:
+    """A name for each settings, the method's; where several share that, with the arguments that tell them apart."""
+    shared, names = shared_arguments(results), {result.settings: result.method for result in results}
+    found = {}
+    for settings, method in names.items():
+        twins = [other for other, name in names.items() if name == method]
+        apart = len({shared[other] for other in twins}) == len(twins)
+        arguments = shared[settings] if apart else settings.partition(" ")[2]
+        found[settings] = f"{method} (`{arguments}`)" if len(twins) > 1 and arguments else method
+    return found
 
 
 class Queue:

@@ -13,9 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes.gpt2.ledger import Result, read
-from recipes.gpt2.plans import Plan, Queue
-from recipes.gpt2.report import best_rates
+from recipes.gpt2.ledger import Result, best_rates, read
+from recipes.gpt2.plans import Plan, Queue, labels
 from recipes.gpt2.zeroshot_report import PUBLISHED, PUBLISHED_METRIC, PUBLISHED_MODEL, RACE_NOTE
 from recipes.gpt2.zeroshot_tasks import TASKS, find_file
 from recipes.launching import ROOT, RunError
@@ -208,11 +207,11 @@ def score_table(results: Sequence[Result], scores: Mapping[str, Mapping[str, Tas
     A cell is the mean over the seeds that were scored, with their deviation; the mean of a row is that of the tasks which
     every row has and the paper has too.
     """
-    best = best_rates(results)
+    best, names = best_rates(results), labels(results)
     rows: dict[str, list[Mapping[str, TaskScore]]] = defaultdict(list)
     for result in results:
         if result.rate == best[result.settings] and scores.get(result.run):
-            rows[f"{result.method}, rate {result.rate:g}"].append(scores[result.run])
+            rows[f"{names[result.settings]}, rate {result.rate:g}"].append(scores[result.run])
     if not rows:
         return None
     scored = [by_task for group in rows.values() for by_task in group]

@@ -150,7 +150,8 @@ def test_rank_table(tmp_path):
         append_curve(file, Curve(run, [*training, (10, 0, math.nan, 4.0)]))
     lines = rank_table(results, read_curves(file)).splitlines()
     assert lines[2] == "| slope r=0 | 0 | 0.002 | 4.0000 |  |  |  |  |"
-    assert lines[3] == "| slope r=4 | 4 | 0.002 | 3.9500 | +0.0500 | +0.0500 | -0.1500 | -0.1000 |"
+    name = "slope r=4 (`--model.slope.adapter_rank 4`)"  # there is another slope r=4
+    assert lines[3] == f"| {name} | 4 | 0.002 | 3.9500 | +0.0500 | +0.0500 | -0.1500 | -0.1000 |"
     assert lines[4] == "| slope r=16 | 16 | 0.001 | 3.8500 | +0.1500 | +0.1000 | -0.5000 | -0.2000 |"
     assert lines[5] == ""
     assert rank_table([row()], {}) is None

@@ -18,7 +18,7 @@ from recipes.gpt2 import compare, report
 from recipes.gpt2 import plans as module
 from recipes.gpt2.ledger import Curve, Result, append_curve, curves_file, read, read_curves
 from recipes.gpt2.module import GPT2Pretraining
-from recipes.gpt2.plans import DEFAULT, FAMILIES, Plan, Queue, plans
+from recipes.gpt2.plans import DEFAULT, FAMILIES, Plan, Queue, labels, plans
 from recipes.gpt2.pretrain import main as pretrain
 from recipes.launching import RunError
 from recipes.ledger import append_row
@@ -226,6 +226,11 @@ def parse(arguments, more):
         (["--add", "dense: tiny.yaml"], "dense is one of the methods already"),
         (["--methods", "dense@fast"], "'dense@fast': METHOD or METHOD@RATE,RATE is expected"),
         (["--methods", "dense@1e-3,2"], "2 is no learning rate"),
+        (["--methods", "dense", "dense@2e-3"], "--methods: dense is there twice"),
+        (["--methods", "dense@2e-3,2e-3"], "--methods dense: 0.002 is there twice"),
+        (["--rates", "1e-3", "0.001"], "--rates: 0.001 is there twice"),
+        (["--seeds", "1", "1"], "--seeds: 1 is there twice"),
+        (["--add", "a: tiny.yaml", "--add", "a: tiny_dense.yaml"], "--add: a is there twice"),
         (["--best-rates", "--methods", "dense@1e-3"], "dense came with rates of its own"),
     ],
 )
@@ -246,6 +251,7 @@ def test_methods_may_come_with_rates_of_their_own(arguments):
     first = [("dense", 1e-3, 0), ("fst", 7e-3, 0), ("slope r=4", 3e-3, 0), ("fst", 8e-3, 0), ("slope r=4", 4e-3, 0)]
     assert found[:6] == [*first, ("slope r=4", 5e-3, 0)]
     assert found[6:] == [(method, rate, 1) for method, rate, _ in found[:6]]
+    assert {plan.family for plan in plans("tiny", options, [])} == {"tiny"}
 
 
 def test_another_csv_is_refused(arguments, tmp_path):
@@ -272,6 +278,7 @@ def test_report_has_the_best_rate_and_the_spread(tmp_path):
     rows += [row(rate=2e-3, seed=seed, val_loss=loss) for seed, loss in ((1, 4.1), (2, 3.9))]
     rows.append(row(method="slope r=0", settings="novels_slope.yaml", val_loss=4.5, tokens_per_second=123456.0))
     rows.append(row(settings="novels_dense.yaml --model.size medium", val_loss=3.5))
+    rows.append(row(method="fst", settings="novels_fst.yaml --model.fst.decay 0", val_loss=3.7))
     rows.append(row(method="fst", settings="novels_fst.yaml", val_loss=math.nan))
     for result in rows:
         append_row(tmp_path / "my.csv", result)
@@ -283,9 +290,11 @@ def test_report_has_the_best_rate_and_the_spread(tmp_path):
         "| dense | 0.002 | 3 | 4.0000 ± 0.1000 | 54.60 | 100 | 10 | 1.00 | 0.001: 4.2000, 0.002: 4.0000, 0.004: inf |"
     )
     assert lines[3] == "| slope r=0 | 0.001* | 1 | 4.5000 | 90.02 | 123,456 | 10 | 1.00 | 0.001: 4.5000 |"
-    assert lines[4].startswith("| dense (`--model.size medium`) | 0.001* | 1 | 3.5000 |")
-    assert lines[5] == "| fst | 0.001* | 1 | inf | inf | 100 | 10 | 1.00 | 0.001: inf |"
-    assert "a better one may lie beyond" in lines[-1]
+    assert lines[4] == "| fst | 0.001* | 1 | inf | inf | 100 | 10 | 1.00 | 0.001: inf |"
+    assert "a better one may lie beyond" in lines[6]
+    assert lines[10].startswith("| dense | 0.001* | 1 | 3.5000 |"), "another size is another table"
+    assert "1,000 tokens a run, all with `--model.size medium`. " in lines[12]
+    assert lines[16].startswith("| fst | 0.001* | 1 | 3.7000 |")
     assert report.report([]) == "No results yet."
 
 
@@ -333,6 +342,49 @@ def test_a_curve_is_the_mean_over_seeds(tmp_path):
     picture = (tmp_path / "my-curves.svg").read_text()
     assert ">dense, rate 0.001, 2 seeds<" in picture
     assert "0.002" not in picture
+
+
+def two_sizes() -> list[Result]:
+    """Small and medium models of one CSV file, at the same rate; the reader's own method among them."""
+    methods = {
+        "dense": "novels_dense.yaml",
+        "slope r=0": "novels_slope.yaml --model.slope.adapter_rank 0",
+        "early": "novels_slope.yaml --model.slope.adapter_rank 16 --model.slope.adapter_start 0.5",
+    }
+    sizes = (("", 4.0), (" --model.size medium", 3.0))
+    return [
+        row(method=name, settings=own + size, val_loss=loss + i / 10)
+        for size, loss in sizes
+        for i, (name, own) in enumerate(methods.items())
+    ]
+
+
+def test_two_sizes_in_a_file_are_two_tables_and_two_pictures(tmp_path):
+    file = tmp_path / "my.csv"
+    for result in two_sizes():
+        append_curve(file, Curve(result.run, [(1, 10, result.val_loss, math.nan), (1, 10, math.nan, result.val_loss)]))
+        append_row(file, result)
+    small, medium = report.report(read(file)).split("\n\n| method")
+    for table, losses in ((small, ("4.0", "4.1", "4.2")), (medium, ("3.0", "3.1", "3.2"))):
+        for method, loss in zip(("dense", "slope r=0", "early"), losses, strict=True):
+            assert f"| {method} | 0.001* | 1 | {loss}000 |" in table
+    assert report.draw(file).splitlines() == [f"Loss curves: {tmp_path}/my-curves{n}.svg" for n in ("", "-2")]
+    first, second = ((tmp_path / f"my-curves{n}.svg").read_text() for n in ("", "-2"))
+    assert "medium" not in first
+    assert "GPT-2 (--model.size medium), G" in second
+    for picture in (first, second):
+        assert picture.count(">early, rate 0.001<") == 1
+        assert "loss minus that of" in picture
+
+
+def test_labels_tell_apart_what_has_one_name():
+    results = two_sizes()
+    found = labels(results)
+    assert [*found.values()][::3] == ["dense", "dense (`--model.size medium`)"]
+    assert [*found.values()][2::3] == ["early", "early (`--model.size medium`)"]
+    assert {*labels(results[:3]).values()} == {"dense", "slope r=0", "early"}
+    other = row(method="early", settings="novels_slope.yaml --model.slope.adapter_rank 64")
+    assert labels([results[2], other])[other.settings] == "early (`--model.slope.adapter_rank 64`)"
 
 
 def test_without_matplotlib_the_report_says_so(tmp_path, monkeypatch):

@@ -109,6 +109,18 @@ def test_the_table_has_means_over_seeds_and_over_shared_tasks(tmp_path):
     assert score_table(results, {}) is None
 
 
+def test_sizes_are_not_taken_for_seeds(tmp_path):
+    """Two sizes have the same method and rate, but they are rows of their own."""
+    file = tmp_path / "my.csv"
+    results = [row(), row(settings="novels_dense.yaml --model.size medium", val_loss=3.0)]
+    for result, accuracy in zip(results, (50.0, 60.0), strict=True):
+        append_row(scores_file(file), TaskScore(result.run, "piqa", accuracy, math.nan, 7))
+    table = score_table(results, read_scores(file))
+    assert table is not None
+    assert "| dense, rate 0.001 | 1 | 50.0 |" in table
+    assert "| dense (`--model.size medium`), rate 0.001 | 1 | 60.0 |" in table
+
+
 def test_where_tasks_come_from(tasks, tmp_path, monkeypatch):
     assert Zeroshot.of(str(tasks), None, False).tasks == ["winogrande", "piqa", "lambada"]
     monkeypatch.delenv("SLOPE_DATA_DIR", raising=False)
