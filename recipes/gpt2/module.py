@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from recipes.compiling import compile_blocks, compiled, is_spread, release_blocks
-from recipes.gpt2.optimizer import Schedule, parameter_groups, rate_schedule
+from recipes.gpt2.optimizer import Schedule, parameter_groups, rate_schedule, refuse_idle
 from recipes.gpt2.sampling import continue_text
 from slope_pl import SLoPeConfig, SLoPeLightningModule, dense_state_dict
 from slope_pl.baselines import (
@@ -167,12 +167,15 @@ class GPT2Pretraining(SLoPeLightningModule):
         # command line would take a misspelt field as one.
         self.architecture = _architecture(size, GPT2Config(**gpt2) if isinstance(gpt2, Mapping) else gpt2)
         self.weights, self.gradient_checkpointing = weights, gradient_checkpointing
-        self.decay = {
-            "weights": weight_decay,
-            "values": weight_decay if values_weight_decay is None else values_weight_decay,
-            "adapters": adapter_weight_decay,
-        }
+        kept = weight_decay if values_weight_decay is None else values_weight_decay
+        self.decay = {"weights": weight_decay, "values": kept, "adapters": adapter_weight_decay}
         self.scale = {"values": values_learning_rate_scale, "adapters": adapter_learning_rate_scale}
+        self.levers = (  # name, value, default, the kind of parameters that it is about
+            ("values_learning_rate_scale", values_learning_rate_scale, 1.0, "values"),
+            ("values_weight_decay", values_weight_decay, None, "values"),
+            ("adapter_learning_rate_scale", adapter_learning_rate_scale, 1.0, "adapters"),
+            ("adapter_weight_decay", adapter_weight_decay, 1e-4, "adapters"),
+        )
         self.betas, self.epsilon = betas, epsilon
         self.wants_compile = compile
         self.sample_prompt, self.sample_tokens = sample_prompt, sample_tokens
@@ -334,11 +337,7 @@ class GPT2Pretraining(SLoPeLightningModule):
                 "the number of steps is missing, and the schedule of the rate needs it: set trainer.max_steps"
             )
         groups = parameter_groups(self, self.learning_rate, decay=self.decay, scale=self.scale)
-        kinds = [group["name"] for group in groups]
-        for kind, factor in self.scale.items():
-            if factor != 1 and kind not in kinds:
-                name = {"values": "values", "adapters": "adapter"}[kind]
-                raise ValueError(f"{name}_learning_rate_scale={factor} has no effect: this model has no {kind}")
+        refuse_idle(self.levers, groups)
         optimizer = torch.optim.AdamW(
             groups, lr=self.learning_rate, betas=self.betas, eps=self.epsilon, fused=self._fused()
         )

@@ -1,7 +1,7 @@
 """AdamW as GPT-2 is pretrained with: groups by kind of parameter, a warm-up and a decay counted in steps."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from torch import nn
@@ -75,3 +75,19 @@ def parameter_groups(
         for kind, parameters in groups.items()
         if parameters
     ]
+
+
+def refuse_idle(levers: Iterable[tuple[str, Any, Any, str]], groups: list[dict[str, Any]]) -> None:
+    """Refuse settings of parameters that the model has none of.
+
+    Args:
+        levers: name, value, default, and the kind of parameters.
+        groups: of the optimizer.
+
+    Raises:
+        ValueError: if one has another value than its default.
+    """
+    kinds = [group["name"] for group in groups]
+    for name, value, default, kind in levers:
+        if value != default and kind not in kinds:
+            raise ValueError(f"{name}={value} has no effect: this model has no {kind}; leave it out")

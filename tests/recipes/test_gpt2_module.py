@@ -216,7 +216,9 @@ def test_a_rate_is_asked_for():
             "val_check_interval=3 batches does not divide the 8 batches",
         ),
         ({"values_learning_rate_scale": 2.0}, {}, {}, "values_learning_rate_scale=2.0 has no effect"),
+        ({"values_weight_decay": 0.1}, {}, {}, "values_weight_decay=0.1 has no effect: this model has no values"),
         ({"adapter_learning_rate_scale": 2.0}, {}, {}, "adapter_learning_rate_scale=2.0 has no effect"),
+        ({"adapter_weight_decay": 0.0}, {}, {}, "adapter_weight_decay=0.0 has no effect: this model has no adapters"),
     ],
 )
 def test_what_does_not_fit_is_said_before_the_first_step(module, options, data, message):
