@@ -1,7 +1,8 @@
 """Everything that can be set about the method, in one validated place."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from slope_pl.errors import ConfigError
@@ -19,6 +20,8 @@ class SLoPeConfig:
         mask: how the forward mask is chosen at conversion. ``magnitude`` (the paper's): the two largest of four.
             ``random``: any two of four. ``transposable``: the best 4x4 tiles that are 2:4 along both dimensions, so that
             the input gradient is exact and the re-setup has nothing to do.
+        layer_masks: another kind of mask for some layers: shell pattern on qualified names -> kind, as in
+            ``{"*.mlp.*": "transposable"}``. The first pattern that matches counts; layers that none matches have ``mask``.
         seed: for random masks and the adapters' initial values; each layer derives its own from it and its name, so that
             all ranks agree and the global random state is left alone.
         mask_calibration_batches: 0 ranks weights by magnitude alone. N > 0 ranks them by magnitude times the norm of the
@@ -48,6 +51,7 @@ class SLoPeConfig:
     """
 
     mask: MaskKind = "magnitude"
+    layer_masks: dict[str, MaskKind] = field(default_factory=dict, hash=False)
     seed: int = 0
     mask_calibration_batches: int = 0
     backward_refresh_steps: int | None = 100
@@ -66,14 +70,15 @@ class SLoPeConfig:
         for name in ("include", "exclude"):
             object.__setattr__(self, name, as_patterns(name, getattr(self, name)))
         check_one_of("mask", self.mask, MASK_KINDS)
+        object.__setattr__(self, "layer_masks", _as_kinds(self.layer_masks))
         check_one_of("backend", self.backend, BACKEND_NAMES)
         check_integer(
             "mask_calibration_batches", self.mask_calibration_batches, 0, "; 0 chooses masks by magnitude alone"
         )
-        if self.mask == "random" and self.mask_calibration_batches:
+        if "random" in self.mask_kinds and self.mask_calibration_batches:
             raise ConfigError(
                 f"mask_calibration_batches={self.mask_calibration_batches} has no effect with mask='random', which looks at no "
-                "weight; set it to 0, or choose mask='magnitude' or 'transposable'"
+                "weight; set it to 0, or choose mask='magnitude' or 'transposable' (layer_masks likewise)"
             )
         check_integer("seed", self.seed, 0)
         for name in ("keep_first_dense", "keep_heads_dense", "fuse_gelu"):
@@ -105,6 +110,18 @@ class SLoPeConfig:
                 f"adapter_start={self.adapter_start}, adapter_start_step={self.adapter_start_step} have no effect without "
                 "adapters; set adapter_rank (or adapter_rank_fraction), or leave the start out"
             )
+
+    @property
+    def mask_kinds(self) -> tuple[MaskKind, ...]:
+        """The kinds of masks that are asked for, ``mask`` first."""
+        return self.mask, *self.layer_masks.values()
+
+    def for_layer(self, name: str) -> "SLoPeConfig":
+        """The config of the layer with that qualified name: its kind of mask as ``mask``, and no ``layer_masks``."""
+        if not self.layer_masks:
+            return self
+        kinds = (kind for pattern, kind in self.layer_masks.items() if fnmatchcase(name, pattern))
+        return replace(self, mask=next(kinds, self.mask), layer_masks={})
 
     @property
     def has_adapters(self) -> bool:
@@ -164,6 +181,18 @@ def check_fraction(name: str, value: Any, hint: str) -> None:
     """Raise a ConfigError unless a setting is above 0 and at most 1."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise ConfigError(f"{name}={value!r}: a fraction above 0 and at most 1 is expected; {hint}")
+
+
+def _as_kinds(value: Any) -> dict[str, MaskKind]:
+    """A mapping of shell patterns to kinds of masks; a ConfigError if it is something else."""
+    if not isinstance(value, Mapping) or not all(isinstance(pattern, str) and pattern for pattern in value):
+        raise ConfigError(
+            f"layer_masks={value!r}: a mapping of patterns to kinds of masks is expected, for example "
+            "{'*.mlp.*': 'transposable'}"
+        )
+    for pattern, kind in value.items():
+        check_one_of(f"layer_masks[{pattern!r}]", kind, MASK_KINDS)
+    return dict(value)
 
 
 def as_patterns(name: str, value: Any) -> tuple[str, ...]:

@@ -219,11 +219,13 @@ def _check_slope(saved: PretrainingCheckpoint, root: nn.Module, slope: SLoPeConf
             f"{saved.path} is of a 2:4 sparse model, the configuration is dense: use the sparse sibling (model.slope), or "
             "export the checkpoint and start from the dense weights (model.weights)"
         )
-    if slope.mask != saved.slope.mask:
-        raise CheckpointError(
-            f"{saved.path} was made with slope.mask={saved.slope.mask!r}, this run has {slope.mask!r}: the masks stay those "
-            "of the checkpoint, so give its value"
-        )
+    for name in ("mask", "layer_masks"):
+        theirs, own = getattr(saved.slope, name), getattr(slope, name)
+        if own != theirs:
+            raise CheckpointError(
+                f"{saved.path} was made with slope.{name}={theirs!r}, this run has {own!r}: the masks stay those of the "
+                "checkpoint, so give its value"
+            )
     if saved.awake and _ranks(slope) != _ranks(saved.slope):
         raise CheckpointError(
             f"{saved.path} has awake adapters of rank {_ranks(saved.slope)}, this run asks for {_ranks(slope)}: they are part "

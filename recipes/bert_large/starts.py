@@ -148,7 +148,7 @@ def check_choices(fade: float | None, slope: SLoPeConfig | None, weights: str | 
             f"mask_calibration_batches={slope.mask_calibration_batches} has no effect on weights={weights!r}: their masks "
             "were chosen in the first stage; set it to 0"
         )
-    if faded and slope is not None and slope.mask == "random":
+    if faded and slope is not None and "random" in slope.mask_kinds:
         raise ConfigError(
             f"mask='random' would throw away the masks of weights={weights!r}; give the first stage's mask"
         )

@@ -106,7 +106,8 @@ def calibrate_masks(trainer: pl.Trainer, module: pl.LightningModule, config: SLo
     changed = 0.0
     for name, old in dense.items():
         provisional = live[name].forward_mask()
-        final = SparseLinear.from_linear(old, config, layer_seed(config.seed, name), norms[name]).state_dict()
+        seed = layer_seed(config.seed, name)
+        final = SparseLinear.from_linear(old, config.for_layer(name), seed, norms[name]).state_dict()
         if dist.is_available() and dist.is_initialized():
             # Ranks may have begun with different weights: DDP has aligned the sparse layers, not those put aside.
             for tensor in final.values():

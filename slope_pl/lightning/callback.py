@@ -1,6 +1,7 @@
 """SLoPeCallback: the method's schedule, for any ``lightning.pytorch`` Trainer and any LightningModule."""
 
 import math
+from collections import Counter
 from typing import Any
 
 import lightning.pytorch as pl
@@ -170,7 +171,7 @@ class SLoPeCallback(pl.Callback):
         report = sparsity_report(pl_module)
         self._log(trainer, forward_density=report.forward_density, backward_density=report.backward_density)
         self._plan_lines = [
-            f"SLoPe: {report.sparse_layers} linear layers are 2:4 ({config.mask} mask), {report.dense_layers} stay dense; "
+            f"SLoPe: {report.sparse_layers} linear layers are 2:4 ({self._mask_kinds()}), {report.dense_layers} stay dense; "
             f"{report.kept_parameters:,} kept values for {report.kept_parameters + report.pruned_entries:,} weights; "
             + self._plan(total),
             *notes,
@@ -185,9 +186,19 @@ class SLoPeCallback(pl.Callback):
                 "adapter_start_step sets an earlier one."
             )
 
+    def _double_pruned(self) -> list[SparseLinear]:
+        """The layers whose backward mask is not the forward mask."""
+        return [layer for layer in self._layers.values() if layer.config.mask != "transposable"]
+
+    def _mask_kinds(self) -> str:
+        kinds = Counter(layer.config.mask for layer in self._layers.values())
+        if len(kinds) == 1:
+            return f"{next(iter(kinds))} mask"
+        return f"masks: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}"
+
     def _plan(self, total: float) -> str:
         config = self._config
-        if config.mask == "transposable":
+        if not self._double_pruned():
             refresh = "the backward mask is the forward mask, nothing to re-set"
         elif config.backward_refresh_steps is None:
             refresh = "backward masks are never re-set"
@@ -226,14 +237,14 @@ class SLoPeCallback(pl.Callback):
 
     def _due_for_resetup(self, step: int) -> bool:
         every = self._config.backward_refresh_steps
-        if every is None or self._config.mask == "transposable":
+        if every is None:
             return False
         # Not step % every: with several optimizers global_step moves by more than one, and would jump over the mark.
-        return step // every > self._last_resetup_step // every
+        return step // every > self._last_resetup_step // every and bool(self._double_pruned())
 
     def _reset_backward_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         check_ranks(self._layers, step)
-        churn = torch.stack([layer.refresh_backward_mask() for layer in self._layers.values()]).mean().item()
+        churn = torch.stack([layer.refresh_backward_mask() for layer in self._double_pruned()]).mean().item()
         self.resetups += 1
         self._last_resetup_step = step
         self._log(trainer, backward_churn=churn)

@@ -15,6 +15,7 @@ from slope_pl.nn import SparseLinear
 
 # Settings that live in the weights' own state once a model is converted.
 _FIXED_AT_CONVERSION = frozenset({"mask", "seed", "adapter_rank", "adapter_rank_fraction", "include", "exclude"}) | {
+    "layer_masks",
     "keep_first_dense",
     "keep_heads_dense",
     "mask_calibration_batches",
@@ -54,10 +55,11 @@ def check_config(mark: dict[str, Any], config: SLoPeConfig) -> list[str]:
         CheckpointError: if a setting differs that is fixed once a model is converted, or the format is too new.
     """
     check_format(mark)
-    saved, own = mark["config"], config.to_dict()
+    # What an older version did not write had its default.
+    saved, own = SLoPeConfig().to_dict() | dict(mark["config"]), config.to_dict()
     notes = []
     for key in own:
-        if key not in saved or saved[key] == own[key]:
+        if saved[key] == own[key]:
             continue
         if key in _FIXED_AT_CONVERSION:
             raise CheckpointError(

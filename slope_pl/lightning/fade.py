@@ -46,8 +46,8 @@ class FadeCallback(pl.Callback):
 
     Args:
         steps: optimizer steps from full to zero.
-        config: which layers, and how their masks are chosen (``mask``, ``mask_calibration_batches``, ``seed``,
-            ``include``, ...). Nothing else of it is looked at.
+        config: which layers, and how their masks are chosen (``mask``, ``layer_masks``, ``mask_calibration_batches``,
+            ``seed``, ``include``, ...). Nothing else of it is looked at.
         start_step: optimizer steps of plain dense training before the masks are chosen.
         fraction: share of all steps, instead of ``steps``, which it becomes at the start of training.
 
@@ -73,7 +73,7 @@ class FadeCallback(pl.Callback):
         check_integer("start_step", start_step, 0)
         self.steps, self.start_step, self.fraction = steps or 0, start_step, fraction
         self.config = as_config(config) or SLoPeConfig()
-        if self.config.mask == "random":
+        if "random" in self.config.mask_kinds:
             raise ConfigError(
                 "mask='random': a fade prepares masks by magnitude; choose mask='magnitude' or 'transposable'"
             )
@@ -148,7 +148,9 @@ class FadeCallback(pl.Callback):
             norms, _ = training_norms(trainer, pl_module, self.config)
         for name, layer in layers.items():
             seed = layer_seed(self.config.seed, name)
-            self._packed[name] = pack_indices(make_mask(self.config.mask, _oriented(layer), seed, norms.get(name)))
+            self._packed[name] = pack_indices(
+                make_mask(self.config.for_layer(name).mask, _oriented(layer), seed, norms.get(name))
+            )
         self.began_at = trainer.global_step
         self._hold(pl_module)
         rank_zero_info(
@@ -257,11 +259,11 @@ def sparsify_faded(
         CheckpointError: see :func:`faded_masks`.
         ConversionError: see :func:`check_faded_masks` and :func:`slope_pl.sparsify`.
     """
-    if config.mask == "random" or config.mask_calibration_batches:
+    if "random" in config.mask_kinds or config.mask_calibration_batches:
         raise ConfigError(
-            f"mask={config.mask!r}, mask_calibration_batches={config.mask_calibration_batches}: after a fade, masks are "
-            "chosen by magnitude. Set mask='magnitude' (or 'transposable', as in the first stage) and "
-            "mask_calibration_batches=0"
+            f"mask={config.mask!r}, layer_masks={config.layer_masks}, mask_calibration_batches="
+            f"{config.mask_calibration_batches}: after a fade, masks are chosen by magnitude. Set mask='magnitude' (or "
+            "'transposable', as in the first stage) and mask_calibration_batches=0"
         )
     content = _content(checkpoint)
     masks = faded_masks(content)

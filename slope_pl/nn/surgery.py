@@ -4,6 +4,7 @@ import logging
 import zlib
 from collections import defaultdict
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -58,9 +59,10 @@ def sparsify(
     config = as_config(config) or SLoPeConfig()
     existing = sparse_layers(model)
     for name, layer in existing.items():
-        if layer.config != config:
+        own = config.for_layer(name)
+        if layer.config != own:
             raise ConversionError(
-                f"layer {name!r} is sparse already, with {_differences(layer.config, config)}; use one configuration, or "
+                f"layer {name!r} is sparse already, with {_differences(layer.config, own)}; use one configuration, or "
                 "densify the model first"
             )
     if existing:
@@ -77,6 +79,7 @@ def sparsify(
         raise ConversionError(
             f"none of the {len(choices)} linear layers of {type(model).__name__} can be sparse: {reasons}"
         )
+    _check_layer_masks(config, list(chosen.values()))
     _check_norms(norms, config, list(chosen.values()), masks_follow)
     made: dict[int, SparseLinear] = {}
     for name, old in list(all_names(model)):
@@ -87,10 +90,24 @@ def sparsify(
                 # Layer by layer: under ZeRO-3 no more than one dense weight is whole at a time.
                 with whole_in_place(weight):
                     scale = None if norms is None else norms[first_name].to(weight.device)
-                    made[id(old)] = SparseLinear.from_linear(old, config, layer_seed(config.seed, first_name), scale)
+                    made[id(old)] = SparseLinear.from_linear(
+                        old, config.for_layer(first_name), layer_seed(config.seed, first_name), scale
+                    )
                 made[id(old)].shard_like(weight)
             replace_module(model, name, made[id(old)])
     return sparse_layers(model)
+
+
+def _check_layer_masks(config: SLoPeConfig, chosen: list[str]) -> None:
+    left = list(chosen)
+    for pattern in config.layer_masks:
+        matched = [name for name in left if fnmatchcase(name, pattern)]
+        if not matched:
+            raise ConversionError(
+                f"layer_masks pattern {pattern!r} matches none of the {len(chosen)} layers that become sparse and no pattern "
+                f"before it has matched. They are {', '.join(chosen[:6])}{', ...' if len(chosen) > 6 else ''}"
+            )
+        left = [name for name in left if name not in matched]
 
 
 def _check_norms(norms: Mapping[str, Tensor] | None, config: SLoPeConfig, chosen: list[str], follow: bool) -> None:

@@ -200,7 +200,9 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path):
         faded_masks(tmp_path / "nowhere.ckpt")
 
 
-@pytest.mark.parametrize("settings", [{"mask": "random"}, {"mask_calibration_batches": 4}])
+@pytest.mark.parametrize(
+    "settings", [{"mask": "random"}, {"layer_masks": {"*": "random"}}, {"mask_calibration_batches": 4}]
+)
 def test_stage_two_chooses_by_magnitude(first_stage, settings):
     folder, *_ = first_stage
     module = Toy()
@@ -254,6 +256,8 @@ def test_a_fraction_of_all_steps(tmp_path):
 def test_random_masks():
     with pytest.raises(ConfigError, match="mask='random'"):
         FadeCallback(3, SLoPeConfig(mask="random"))
+    with pytest.raises(ConfigError, match="mask='random'"):
+        FadeCallback(3, SLoPeConfig(layer_masks={"*": "random"}))
 
 
 def test_training_that_ends_before_the_fade(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from torch.utils.data import DataLoader, IterableDataset
 
-from slope_pl import ScheduleError, SLoPeCallback, SLoPeConfig, sparse_layers
+from slope_pl import CheckpointError, ScheduleError, SLoPeCallback, SLoPeConfig, sparse_layers
 from slope_pl.lightning.schedule import adapter_start_step
 from tests.lightning.toy import CONFIG, QUIET, Manual, Recorder, Tokens, Toy, assert_same, fit, make_trainer
 
@@ -84,6 +84,37 @@ def test_when_columns_are_chosen_anew(tmp_path, every, mask, steps):
     assert callback.resetups == len(steps)
     assert set(recorder.changes("backward_indices")) <= set(steps)
     assert bool(recorder.changes("backward_indices")) == bool(steps)
+
+
+def test_columns_are_chosen_anew_in_layers_that_are_not_transposable(tmp_path, capsys):
+    masks = {"net.blocks.0": "transposable", "net.blocks.1": "random"}
+    recorder, config = Recorder(), SLoPeConfig(layer_masks=masks, backward_refresh_steps=1)
+    module, _ = fit(tmp_path, Toy(lr=0.03), recorder, config=config)
+    assert recorder.changes("blocks.2.backward_indices")
+    assert recorder.changes("blocks.1.backward_indices")
+    assert not recorder.changes("blocks.0.backward_indices")
+    first = module.net.blocks[0]
+    assert torch.equal(first.forward_mask(), first.backward_mask())
+    assert "(masks: 1 transposable, 1 random, 1 magnitude)" in capsys.readouterr().out
+
+
+def test_masks_of_layers_are_part_of_a_checkpoint(tmp_path):
+    """It resumes with them, is rebuilt with them without a config, and refuses others."""
+    config = SLoPeConfig(layer_masks={"*.blocks.0": "transposable"})
+    _, trainer = fit(tmp_path, config=config, max_steps=2)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    make_trainer(tmp_path, SLoPeCallback(config), max_steps=4).fit(Toy(), ckpt_path=tmp_path / "a.ckpt")
+    with pytest.raises(
+        CheckpointError, match=r"layer_masks=\{'\*.blocks.0': 'transposable'\}, this run has layer_masks=\{\}"
+    ):
+        make_trainer(tmp_path, SLoPeCallback(SLoPeConfig()), max_steps=4).fit(Toy(), ckpt_path=tmp_path / "a.ckpt")
+    # A file of a version that did not know them is one without them.
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    del content["slope_pl"]["config"]["layer_masks"]
+    torch.save(content, tmp_path / "old.ckpt")
+    make_trainer(tmp_path, SLoPeCallback(SLoPeConfig()), max_steps=4).fit(Toy(), ckpt_path=tmp_path / "old.ckpt")
+    with pytest.raises(CheckpointError, match=r"made with layer_masks=\{\}"):
+        make_trainer(tmp_path, SLoPeCallback(config), max_steps=4).fit(Toy(), ckpt_path=tmp_path / "old.ckpt")
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def net(*widths):
         ({"include": "encoder.*"}, r"include='encoder.\*': a list of patterns is expected, for example"),
         ({"exclude": [3]}, r"exclude=\[3\]: a list of patterns"),
         ({"exclude": [""]}, r"exclude=\[''\]: a list of patterns"),
-        ({"rank": 4, "Mask": "random"}, "unknown SLoPe setting 'Mask', 'rank'; known are mask, seed"),
+        ({"rank": 4, "Mask": "random"}, "unknown SLoPe setting 'Mask', 'rank'; known are mask, layer_masks, seed"),
         ({"include": None}, "include=None: a list"),
         ({"exclude": 3}, "exclude=3: a list"),
     ],

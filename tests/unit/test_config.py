@@ -7,6 +7,7 @@ from slope_pl.config import SLoPeConfig, as_config
 
 CUSTOM = SLoPeConfig(
     mask="transposable",
+    layer_masks={"*.mlp.*": "magnitude"},
     seed=3,
     backward_refresh_steps=None,
     adapter_rank_fraction=0.0625,
@@ -32,6 +33,17 @@ def test_a_config_survives_json_and_compares_equal(config):
     assert SLoPeConfig.from_dict(settings) == config
     assert hash(as_config(settings)) == hash(config)
     assert set(settings) == {field.name for field in dataclasses.fields(config)}
+
+
+def test_the_first_pattern_that_matches_says_how_a_layer_is_masked():
+    masks = {"*.mlp.up": "random", "*.mlp.*": "transposable"}
+    config = SLoPeConfig(layer_masks=masks, adapter_rank=4)
+    kinds = {name: config.for_layer(name) for name in ("h.0.mlp.up", "h.0.mlp.down", "h.0.attn.q")}
+    assert [own.mask for own in kinds.values()] == ["random", "transposable", "magnitude"]
+    assert all(own.layer_masks == {} and own.adapter_rank == 4 for own in kinds.values())
+    assert SLoPeConfig().for_layer("h") == SLoPeConfig()
+    masks.clear()
+    assert config.mask_kinds == ("magnitude", "random", "transposable"), "a copy"
 
 
 def test_lists_of_patterns_become_tuples():
