@@ -233,8 +233,16 @@ def checkpoint_parser(prog: str, description: str | None) -> ArgumentParser:
     return parser
 
 
-def exporter(module: type[Any], prog: str) -> Callable[[list[str]], None]:
-    """The subcommand ``export`` of a recipe whose module has ``export(folder)``."""
+def exporter(
+    module: type[Any], prog: str, beside: Callable[[str, str], None] | None = None
+) -> Callable[[list[str]], None]:
+    """The subcommand ``export`` of a recipe whose module has ``export(folder)``.
+
+    Args:
+        module: its class.
+        prog: the recipe, as it is run.
+        beside: adds further files; gets the checkpoint and the folder.
+    """
 
     def export(arguments: list[str]) -> None:
         parser = checkpoint_parser(f"{prog} export", "Write a checkpoint as a dense Hugging Face model.")
@@ -242,6 +250,8 @@ def exporter(module: type[Any], prog: str) -> Callable[[list[str]], None]:
         options = parser.parse_args(arguments)
         refuse_foreign(options.ckpt_path, inspect.signature(module.__init__).parameters, prog)
         load_module(module, options.ckpt_path).export(options.folder)
+        if beside is not None:
+            beside(options.ckpt_path, options.folder)
         print(f"Dense Hugging Face model: {options.folder}")
 
     return export

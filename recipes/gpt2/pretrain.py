@@ -10,6 +10,7 @@ Every config is laid over base.yaml, and ``novels_slope.yaml`` over ``novels.yam
 before an underscore names the file under it. Any value can be overridden on the command line.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from recipes.cli import RecipeCLI, checkpoint_parser, exporter, run_recipe
 from recipes.gpt2.module import METHODS, TOKENIZER_KEY, GPT2Pretraining
 from recipes.gpt2.sampling import continue_text
 from slope_pl.checkpoint import load_module, read_checkpoint
-from slope_pl.data import TextDataModule, load_bpe
+from slope_pl.data import DataUnavailableError, TextDataModule, load_bpe, save_bpe
 
 PROG = "python -m recipes.gpt2.pretrain"
 
@@ -35,6 +36,24 @@ class PretrainCLI(RecipeCLI):
         """The method."""
         found = (METHODS[name] for name in ("slope", "srste", "fst") if settings.get(name) is not None)
         return next(found, METHODS["dense"])
+
+
+def add_tokenizer(ckpt_path: str, folder: str) -> None:
+    """Put the training's tokenizer beside an exported model, its end of text into config.json; say so if it is not there."""
+    known = read_checkpoint(ckpt_path, optimizer=False).get(TOKENIZER_KEY)
+    if known is None:
+        print("Without a tokenizer: the checkpoint names none.")
+        return
+    try:
+        tokenizer = load_bpe(known["source"], known["end_of_text"])
+    except (DataUnavailableError, ValueError) as error:
+        print(f"Without its tokenizer {known['source']}: {error}")
+        return
+    save_bpe(tokenizer, folder)
+    config = Path(folder) / "config.json"
+    ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
+    content = json.loads(config.read_text(encoding="utf-8")) | ends
+    config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def generate(arguments: list[str]) -> None:
@@ -70,7 +89,7 @@ def main(arguments: list[str] | None = None) -> RecipeCLI | None:
         description="GPT-2 pretraining, dense or 2:4 sparse. Configs lie over recipes/gpt2/base.yaml, and "
         "novels_slope.yaml over novels.yaml. Text from a checkpoint: generate --help.",
         arguments=arguments,
-        own={"export": exporter(GPT2Pretraining, PROG), "generate": generate},
+        own={"export": exporter(GPT2Pretraining, PROG, add_tokenizer), "generate": generate},
         lay=True,
     )
 

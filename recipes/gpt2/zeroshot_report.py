@@ -98,9 +98,10 @@ def table(scores: list[Score], limit: int | None = None) -> str:
 
 
 def _row(score: Score) -> list[str]:
-    digits = 2 if score.metric == "perplexity" else 1
-    error = "" if score.stderr is None else f" ± {score.stderr:.{digits}f}"
-    cells = [score.task, score.metric, f"{score.documents:,}", f"{score.value:.{digits}f}{error}"]
+    # An untrained model's perplexity has twenty digits.
+    form = ".1f" if score.metric != "perplexity" else ".2f" if score.value < 1e6 else ".3g"
+    error = "" if score.stderr is None else f" ± {score.stderr:{form}}"
+    cells = [score.task, score.metric, f"{score.documents:,}", f"{score.value:{form}}{error}"]
     chance = TASKS[score.task].chance
     cells.append(f"{chance:.0f}" if chance and score.metric != "perplexity" else "")
     for column in PUBLISHED.values():

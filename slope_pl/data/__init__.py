@@ -1,6 +1,6 @@
 """Data modules of the recipes."""
 
-from slope_pl.data.bpe import TextTokenizer, load_bpe
+from slope_pl.data.bpe import TextTokenizer, load_bpe, save_bpe
 from slope_pl.data.glue import GlueExample, GlueFormatError, read_glue
 from slope_pl.data.glue_datamodule import GlueDataModule
 from slope_pl.data.glue_metrics import GlueScores, glue_scores
@@ -61,6 +61,7 @@ __all__ = [
     "prepare_shards",
     "read_glue",
     "read_squad",
+    "save_bpe",
     "score_predictions",
     "split_sentences",
     "write_predictions",

@@ -98,6 +98,27 @@ def load_bpe(source: str | os.PathLike[str], end_of_text: str = END_OF_TEXT) -> 
     return _from_json(json.loads(hub.to_str()), f"hub model {text!r}", end_of_text)
 
 
+def save_bpe(tokenizer: TextTokenizer, folder: str | os.PathLike[str]) -> None:
+    """Write a tokeniser as Hugging Face's: tokenizer.json and tokenizer_config.json.
+
+    ``load_bpe(folder)`` gives one of the same fingerprint, ``transformers.AutoTokenizer.from_pretrained(folder)`` the same
+    ids; the latter makes the end-of-text token also from its spelling in a text.
+
+    Args:
+        tokenizer: what to write.
+        folder: where; it is made.
+    """
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    name = tokenizer.encoder.id_to_token(tokenizer.end_of_text)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    end = {"id": tokenizer.end_of_text, "content": name, **flags, "special": True}
+    content = json.loads(tokenizer.encoder.to_str()) | {"added_tokens": [end]}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": name, "eos_token": name}
+    for file, what in (("tokenizer.json", content), ("tokenizer_config.json", config)):
+        (place / file).write_text(json.dumps(what, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _find(folder: Path) -> Path:
     """The one file of a folder that a tokeniser can be loaded from."""
     if (folder / "tokenizer.json").is_file():

@@ -22,7 +22,8 @@ from slope_pl import CheckpointError, sparse_layers
 from slope_pl.baselines import masked_layers
 from slope_pl.checkpoint import convert
 from slope_pl.checkpoint.__main__ import main as checkpoint_command
-from slope_pl.data import ShardError
+from slope_pl.data import ShardError, load_bpe
+from slope_pl.models import load_gpt2_config
 
 ROOT = Path(__file__).parents[2]
 STORIES = ROOT / "data" / "text"
@@ -137,6 +138,11 @@ def test_export_and_load_from_checkpoint_give_the_same_logits(fitted, tmp_path, 
     files = [tmp_path / name / "model.safetensors" for name in ("hf", "again")]
     assert files[0].read_bytes() == files[1].read_bytes()
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    own = load_bpe("data/text/tokenizer.json")
+    assert words("There was once")["input_ids"] == own.encode_batch(["There was once"])[0]
+    assert theirs.config.eos_token_id == words.eos_token_id == own.end_of_text
+    assert load_gpt2_config(str(tmp_path / "hf")) == module.net.config
     ids = torch.randint(0, 1024, (2, 32))
     with torch.no_grad():
         torch.testing.assert_close(module(ids), theirs(ids).logits, rtol=0, atol=1e-5)

@@ -12,6 +12,7 @@ from lm_eval.api.instance import Instance
 
 from recipes.gpt2 import zeroshot
 from recipes.gpt2.module import GPT2Pretraining
+from recipes.gpt2.pretrain import main as pretrain
 from recipes.gpt2.zeroshot_harness import load_tasks, score
 from recipes.gpt2.zeroshot_report import PUBLISHED, Score, collect, table
 from recipes.gpt2.zeroshot_tasks import TASKS
@@ -263,10 +264,10 @@ def test_checkpoint_and_export_from_the_command_line(checkpoint, toy, local, tmp
     assert found["settings"]["limit"] == 1
     assert found["versions"]["lm_eval"]
     assert found["model"]["sparse_layers"] == 7
-    # The export brings no tokeniser; the checkpoint has named its own.
-    other = tmp_path / "export.json"
-    arguments = ["--ckpt", str(checkpoint.parent / "export"), "--tokenizer", str(toy), *common, "--output", str(other)]
-    assert zeroshot.main(arguments) == 0
+    # The export brings the tokeniser that the checkpoint names.
+    other, export = tmp_path / "export.json", str(tmp_path / "hf")
+    pretrain(["export", "--ckpt_path", str(checkpoint), "--folder", export])
+    assert zeroshot.main(["--ckpt", export, *common, "--output", str(other)]) == 0
     for mine, theirs in zip(found["scores"], json.loads(other.read_text())["scores"], strict=True):
         assert mine | {"value": 0, "stderr": 0} == theirs | {"value": 0, "stderr": 0}
         assert mine["value"] == pytest.approx(theirs["value"], rel=1e-4)
@@ -335,6 +336,8 @@ def test_the_table():
         "race acc 1,045 30.0 25 | 28.4 27.1 27.1 27.2 24.0 24.2 24.2",
         "lambada perplexity 5,153 40.05 ± 1.00",
     ]
+    untrained = table([Score("lambada", "perplexity", 1.5354e21, 7e23, 60)]).splitlines()[2]
+    assert untrained.split() == ["lambada", "perplexity", "60", "1.54e+21", "±", "7e+23"]
     assert lines[6].startswith("mean of 2 acc 45.00 37.5 | 44.10 ")
     assert "--limit" not in table(scores)
 

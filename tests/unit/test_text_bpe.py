@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from slope_pl.data import DataUnavailableError, load_bpe
+from slope_pl.data import DataUnavailableError, load_bpe, save_bpe
 from tests.unit.test_squad_reading import real_data
 
 MERGES = ["Ġ t", "h e", "Ġt he", "i n", "Ġ Ġ", "' s", "Ċ Ċ", "1 2"]
@@ -40,6 +40,19 @@ def test_round_trip(tokenizer):
     assert len(rows[1]) == len(["t", "he", "Ġ", "in", "n", "'s", "Ġ", "Ġ", "12", "ĊĊ", "ĉ", "the"]) + 1
     assert END not in rows[3], "the spelling of end-of-text in a document is plain characters"
     assert tokenizer.decode([END]) == "<|endoftext|>"
+
+
+def test_a_saved_tokenizer_is_the_same_one(tokenizer, tmp_path):
+    """Here and for transformers; whatever its end-of-text token is called."""
+    transformers = pytest.importorskip("transformers")
+    save_bpe(tokenizer, tmp_path / "new" / "folder")
+    assert load_bpe(tmp_path / "new" / "folder").fingerprint == tokenizer.fingerprint
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "new" / "folder")
+    texts = ["the inn's  12\n\n\tthe", "Déjà-vu 日本語 👍🏽\r\n"]
+    assert theirs(texts)["input_ids"] == tokenizer.encode_batch(texts)
+    assert theirs.decode(tokenizer.encode_batch(texts)[0]) == texts[0]
+    assert (theirs.eos_token_id, theirs.bos_token_id, len(theirs)) == (END, END, END + 1)
+    assert theirs.decode([5, END], skip_special_tokens=True) == tokenizer.decode([5])
 
 
 def test_all_file_forms_are_the_same_tokenizer(toy, tokenizer, tmp_path, monkeypatch):
