@@ -389,9 +389,11 @@ class GPT2Pretraining(SLoPeLightningModule):
 def _architecture(size: Size | None, config: GPT2Config | None) -> GPT2Config | None:
     if size is None:
         return config
-    preset: GPT2Config = getattr(GPT2Config, size)()
-    base = config or GPT2Config()
-    return replace(base, n_embd=preset.n_embd, n_layer=preset.n_layer, n_head=preset.n_head)
+    base, preset = config or GPT2Config(), getattr(GPT2Config, size)()
+    own = {name: getattr(preset, name) for name in ("n_embd", "n_layer", "n_head")}
+    if lost := [f"{k}={getattr(base, k)}" for k in own if getattr(base, k) not in (own[k], getattr(GPT2Config, k))]:
+        rank_zero_info(f"gpt2: {', '.join(lost)} has no effect: size={size} has {own}; set size to null for your own")
+    return replace(base, **own)
 
 
 def _whole_loss(net: GPT2, input_ids: Tensor, targets: Tensor) -> Tensor:

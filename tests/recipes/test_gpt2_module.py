@@ -229,8 +229,14 @@ def test_what_does_not_fit_is_said_before_the_first_step(module, options, data, 
     assert run.global_step == 0
 
 
-def test_size_replaces_widths_and_depth_alone():
+def test_size_replaces_widths_and_depth_alone(caplog):
+    caplog.set_level("INFO")
     module = GPT2Pretraining(1e-3, size="medium", gpt2={**MINI, "n_positions": 64})
+    said = "gpt2: n_embd=32, n_layer=2, n_head=2 has no effect: size=medium has {'n_embd': 1024, 'n_layer': 24, 'n_head': 16}"
+    assert said in caplog.text
+    caplog.clear()
+    GPT2Pretraining(1e-3, size="medium", gpt2={"vocab_size": 96})
+    assert not caplog.text
     assert module.architecture == GPT2Config.medium(vocab_size=96, n_positions=64, **NO_DROPOUT)
     assert GPT2Pretraining(1e-3).architecture is None
 

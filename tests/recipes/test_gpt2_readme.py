@@ -6,10 +6,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from recipes.gpt2 import compare, plans
+from recipes.gpt2.module import GPT2Pretraining
 from recipes.gpt2.pretrain import main
+from slope_pl import SLoPeConfig
+from slope_pl.baselines import FSTConfig, SRSTEConfig
 
+CONFIGS = {"slope": SLoPeConfig, "srste": SRSTEConfig, "fst": FSTConfig}
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "recipes/gpt2/README.md").read_text(encoding="utf-8")
 LINES = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
@@ -33,6 +38,31 @@ def test_fit_command_parses(line, capsys, monkeypatch):
         main([*shlex.split(line)[3:], "--print_config"])
     assert stop.value.code == 0
     assert "learning_rate" in capsys.readouterr().out
+
+
+LEVERS = re.findall(r"^\| ([^|]+) \| `(--model[^`]+)` \|$", README, re.M)
+
+
+@pytest.mark.parametrize(("lever", "arguments"), LEVERS)
+def test_a_lever_is_one_of_its_config(lever, arguments, capsys, monkeypatch):
+    """Read by the command line, taken by the module, and not without effect on what it is a lever of."""
+    monkeypatch.chdir(ROOT)
+    config = (re.findall(r"`(\w+\.yaml)`", lever) or ["novels_slope.yaml"])[0]
+    seen = {}
+    for more in ([], shlex.split(arguments)):
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", "--config", f"recipes/gpt2/{config}", *more, "--print_config"])
+        assert stop.value.code == 0
+        seen[bool(more)] = yaml.safe_load(capsys.readouterr().out)["model"]
+    assert seen[True] != seen[False]
+    given = {name: seen[True][name] for name in CONFIGS if seen[True][name] is not None}
+    methods = {name: CONFIGS[name](**fields.get("init_args", fields)) for name, fields in given.items()}
+    module = GPT2Pretraining(**seen[True] | methods)
+    assert module.architecture.n_layer == seen[True]["gpt2"]["n_layer"]
+
+
+def test_all_levers_are_found():
+    assert len(LEVERS) == 10
 
 
 def test_the_lines_for_many_gpus_are_those_of_the_config():
