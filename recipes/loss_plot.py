@@ -10,7 +10,11 @@ Points = Sequence[tuple[float, float]]
 
 
 def loss_curves(
-    file: Path, curves: Mapping[str, tuple[Points, Points]], title: str, against: str | None = None
+    file: Path,
+    curves: Mapping[str, tuple[Points, Points]],
+    title: str,
+    against: str | None = None,
+    bases: Mapping[str, tuple[Points, Points]] | None = None,
 ) -> bool:
     """Draw training losses as lines and validation losses as points.
 
@@ -19,6 +23,7 @@ def loss_curves(
         curves: for each label, (tokens, loss) of training and of validation.
         title: above the picture.
         against: the label whose losses are taken from all others' in a second panel; None for no such panel.
+        bases: what is taken from a label's losses instead: where not all runs of ``against`` can be compared with its own.
 
     Returns:
         False where matplotlib (extra ``bench``) is not installed.
@@ -39,7 +44,8 @@ def loss_curves(
         axes.legend(frameon=False)
         if against is not None:
             lower = panels[1, 0]
-            last = _draw(lower, {label: _less(curve, curves[against]) for label, curve in curves.items()})
+            taken = dict.fromkeys(curves, curves[against]) | dict(bases or {})
+            last = _draw(lower, {label: _less(curve, taken[label]) for label, curve in curves.items()})
             low, high = min([0.0, *last]), max([0.0, *last])
             lower.set_ylim(low - 0.1 * (high - low) - 0.005, high + 0.1 * (high - low) + 0.005)
             lower.set_ylabel(f"loss minus that of\n{against}")

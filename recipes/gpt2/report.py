@@ -61,7 +61,8 @@ def _table(results: Sequence[Result], shared: str) -> str:
 def draw(file: Path) -> str:
     """Draw the curve of each method at its best rate, the mean over its seeds, beside ``file``; a line that says where.
 
-    They are in the order of their final losses; where there is a dense one, also as differences to it. What cannot be
+    They are in the order of their final losses; where there is a dense one, also as differences to it, over the seeds that both
+    have (another seed sees other batches). What cannot be
     compared (another model size) is a picture of its own, the first in the file the one without a number.
     """
     results, curves = read(file), read_curves(file)
@@ -80,21 +81,29 @@ def _draw(picture: Path, results: Sequence[Result], curves: dict[str, Curve], ti
         if result.rate == best[result.settings] and result.run in curves:
             groups[result.settings].append(result)
     shown: dict[str, tuple[Points, Points]] = {}
+    bases: dict[str, tuple[Points, Points]] = {}
+    against = next((own for own in groups.values() if own[0].method == "dense"), [])
     dense = None
     for own in sorted(groups.values(), key=lambda group: mean_loss([r.val_loss for r in group])):
         seeds = f", {len(own)} seeds" if len(own) > 1 else ""
         label = f"{names[own[0].settings].replace('`', '')}, rate {own[0].rate:g}{seeds}"
-        points = mean_curve([curves[r.run] for r in own])
-        train = [(float(tokens), loss) for _, tokens, loss, _ in points if not math.isnan(loss)]
-        val = [(float(tokens), loss) for _, tokens, _, loss in points if not math.isnan(loss)]
-        shown[label] = smooth(train), val
-        if own[0].method == "dense":
-            dense = dense or label
+        shown[label] = _points([curves[r.run] for r in own])
+        if own is against:
+            dense = label
+        elif twins := [r for r in against if r.seed in {mine.seed for mine in own}]:
+            bases[label] = _points([curves[r.run] for r in twins])
     if not shown:
         return []
-    if not loss_curves(picture, shown, title, against=dense if len(shown) > 1 else None):
+    if not loss_curves(picture, shown, title, dense if len(shown) > 1 else None, bases):
         return ["Loss curves not drawn: matplotlib is not installed (extra bench)."]
     return [f"Loss curves: {picture}"]
+
+
+def _points(curves: Sequence[Curve]) -> tuple[Points, Points]:
+    """Means of training and validation losses, as they are drawn."""
+    points = mean_curve(curves)
+    train = [(float(tokens), loss) for _, tokens, loss, _ in points if not math.isnan(loss)]
+    return smooth(train), [(float(tokens), loss) for _, tokens, _, loss in points if not math.isnan(loss)]
 
 
 def mean_curve(curves: Sequence[Curve]) -> list[Point]:
