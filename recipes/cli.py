@@ -3,6 +3,7 @@
 import inspect
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -110,6 +111,15 @@ class RecipeCLI(LightningCLI):
         if from_process:
             sys.argv[1:] = [*without_resume(sys.argv[1:]), *chosen]  # processes that this one starts begin with these
 
+    def instantiate_classes(self) -> None:
+        """A setting that its class refuses is that class's own error, and not a list of all types that were tried."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if (reason := _own_error(error)) is None:
+                raise
+            raise reason from None
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Without the callbacks of a config that were switched off: Lightning would refuse to have both.
 
@@ -152,6 +162,16 @@ class RecipeCLI(LightningCLI):
     def _model_settings(self) -> dict[str, Any]:
         section = self.config.get(self.config.get("subcommand") or "", {})
         return dict(section["model"].as_dict()) if "model" in section else {}
+
+
+def _own_error(error: BaseException | None) -> Exception | None:
+    """The error of this project that is behind one of the command line's parser; None if there is none."""
+    while (error := error and (error.__cause__ or error.__context__)) is not None:
+        frames = list(traceback.walk_tb(error.__traceback__))
+        module = frames[-1][0].f_globals.get("__name__", "") if frames else ""
+        if module.startswith(("slope_pl.", "recipes.")) and isinstance(error, Exception):
+            return error
+    return None
 
 
 def _switched_on(settings: dict[str, Any]) -> list[pl.Callback]:

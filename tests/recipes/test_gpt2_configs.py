@@ -9,6 +9,7 @@ import yaml
 
 from recipes.cli import lay_over
 from recipes.gpt2.pretrain import main
+from slope_pl import ConfigError
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes" / "gpt2"
@@ -115,3 +116,27 @@ def test_help_teaches(capsys):
     text = capsys.readouterr().out
     for words in ("peak of the schedule", "how the model is made sparse", "Tokens a window", "--model.slope.help"):
         assert words in " ".join(text.split()), words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        (["--model.slope.adapter_rank", "0"], ConfigError, "^adapter_start=0.9, .* no effect without adapters"),
+        (
+            ["--model.gpt2.initializer_range", "-1"],
+            ValueError,
+            "^GPT2Config: initializer_range=-1.0, expected a positive",
+        ),
+        (
+            ["--model.slope.layer_masks", '{"": "random"}'],
+            ConfigError,
+            "^layer_masks={'': 'random'}: a mapping of patterns",
+        ),
+    ],
+)
+def test_a_refused_setting_is_its_own_error(arguments, kind, message, monkeypatch, tmp_path):
+    """And not the parser's, which lists every type that it has tried for the setting."""
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(kind, match=message) as caught:
+        main(["fit", "--config", "recipes/gpt2/tiny.yaml", "--trainer.default_root_dir", str(tmp_path), *arguments])
+    assert caught.value.__suppress_context__
