@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import math
+import re
 import shlex
 import threading
 import time
@@ -14,6 +15,7 @@ from typing import Any
 from recipes.gpt2.ledger import Result, best_rates, read
 
 HERE = Path(__file__).parent
+_SIZE = re.compile(r"--model\.size[ =]\S+")
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,8 @@ def _own_method(text: str) -> tuple[str, str]:
 def shared_arguments(results: Sequence[Result]) -> dict[str, str]:
     """What a run was given beside its method's own arguments (``--model.size medium``), by its settings; "" for nothing.
 
-    A method of the reader's own (``--add``) has its arguments in front of those, which are told by the other methods.
+    A method of the reader's own (``--add``) has its arguments in front of those, which are told by the other methods, and a
+    size in any case: no other size can be compared with it.
     """
     given: dict[str, str] = {}
     for result in results:
@@ -166,7 +169,8 @@ def shared_arguments(results: Sequence[Result]) -> dict[str, str]:
     known = sorted({text for text in given.values() if text}, key=len, reverse=True)
     for result in results:
         ends = (text for text in known if result.settings.endswith(f" {text}"))
-        given.setdefault(result.settings, next(ends, ""))
+        size = _SIZE.search(result.settings)
+        given.setdefault(result.settings, next(ends, size[0] if size else ""))
     return given
 
 

@@ -134,6 +134,15 @@ def test_two_sizes_in_a_file_are_two_tables_and_two_pictures(tmp_path):
         assert "loss minus that of" in picture
 
 
+def test_a_method_of_the_readers_own_is_not_compared_with_another_size():
+    """Even where it is the only one of its size."""
+    results = [
+        row(),
+        row(method="mine", settings="novels_slope.yaml --model.values_weight_decay 0 --model.size medium"),
+    ]
+    assert report.report(results).count("| method |") == 2
+
+
 def test_labels_tell_apart_what_has_one_name():
     results = two_sizes()
     found = labels(results)
