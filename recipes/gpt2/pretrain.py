@@ -10,12 +10,14 @@ Every config is laid over base.yaml, and ``novels_slope.yaml`` over ``novels.yam
 before an underscore names the file under it. Any value can be overridden on the command line.
 """
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from recipes.checkpoints import refuse_foreign
 from recipes.cli import RecipeCLI, checkpoint_parser, exporter, run_recipe
 from recipes.gpt2.module import METHODS, TOKENIZER_KEY, GPT2Pretraining
 from recipes.gpt2.sampling import continue_text
@@ -40,10 +42,7 @@ class PretrainCLI(RecipeCLI):
 
 def add_tokenizer(ckpt_path: str, folder: str) -> None:
     """Put the training's tokenizer beside an exported model, its end of text into config.json; say so if it is not there."""
-    known = read_checkpoint(ckpt_path, optimizer=False).get(TOKENIZER_KEY)
-    if known is None:
-        print("Without a tokenizer: the checkpoint names none.")
-        return
+    known = read_checkpoint(ckpt_path, optimizer=False)[TOKENIZER_KEY]
     try:
         tokenizer = load_bpe(known["source"], known["end_of_text"])
     except (DataUnavailableError, ValueError) as error:
@@ -66,9 +65,10 @@ def generate(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--tokenizer", type=str | None, default=None, help="default: the one of the training")
     options = parser.parse_args(arguments)
+    refuse_foreign(options.ckpt_path, inspect.signature(GPT2Pretraining.__init__).parameters, PROG)
+    module = load_module(GPT2Pretraining, options.ckpt_path).eval()
     known = read_checkpoint(options.ckpt_path, optimizer=False)[TOKENIZER_KEY]
     tokenizer = load_bpe(options.tokenizer or known["source"], known["end_of_text"])
-    module = load_module(GPT2Pretraining, options.ckpt_path).eval()
     module = module.to("cuda" if torch.cuda.is_available() else "cpu")
     assert module.net is not None
     sampling = {"temperature": options.temperature, "top_k": options.top_k, "seed": options.seed}

@@ -7,6 +7,7 @@ import torch
 
 from recipes.bert_large import glue, squad
 from recipes.bert_large.glue_sample import write_sample
+from recipes.gpt2.pretrain import main as gpt2
 from slope_pl import CheckpointError
 from slope_pl.data import GlueFormatError, SquadFormatError
 from tests.recipes.test_glue_recipe import run as on_glue
@@ -112,6 +113,11 @@ def test_export_of_a_foreign_checkpoint_leaves_the_folder(runs, tmp_path, main, 
         main(["export", "--ckpt_path", runs[1][kind], "--folder", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     assert (tmp_path / "model.safetensors").read_text() == "mine"
+
+
+def test_text_from_a_foreign_checkpoint(runs):
+    with pytest.raises(CheckpointError, match="is a checkpoint of another recipe"):
+        gpt2(["generate", "--ckpt_path", runs[1]["glue"]])
 
 
 def test_a_checkpoint_without_a_module(unchanged, data, tmp_path):

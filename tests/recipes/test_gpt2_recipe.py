@@ -207,6 +207,22 @@ def test_two_ranks_have_the_curve_of_one(tmp_path, cache):
     assert [row[2] for row in train[0]] == pytest.approx([row[2] for row in train[1]], abs=1e-4)
 
 
+def test_weights_alone_give_no_text_and_no_export(sparse, tmp_path):
+    convert(sparse["checkpoint"], tmp_path / "w.safetensors", to="safetensors")
+    for command in (["generate"], ["export", "--folder", str(tmp_path / "hf")]):
+        with pytest.raises(CheckpointError, match="holds weights alone, and not how the model is built"):
+            main([*command, "--ckpt_path", str(tmp_path / "w.safetensors")])
+
+
+def test_an_export_without_its_tokenizer_says_so(sparse, tmp_path, capsys):
+    content = torch.load(sparse["checkpoint"], weights_only=True)
+    content[TOKENIZER_KEY]["source"] = str(tmp_path / "moved.json")
+    torch.save(content, tmp_path / "a.ckpt")
+    main(["export", "--ckpt_path", str(tmp_path / "a.ckpt"), "--folder", str(tmp_path / "hf")])
+    assert f"Without its tokenizer {tmp_path / 'moved.json'}: no tokeniser" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == {"config.json", "model.safetensors"}
+
+
 def test_generate_continues_the_prompts(sparse, capsys):
     prompts = json.dumps(["There was once", "Then"])
     arguments = ["generate", "--ckpt_path", sparse["checkpoint"], "--prompt", prompts, "--tokens", "5"]
