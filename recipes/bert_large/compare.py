@@ -51,8 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--data",
         help="a folder with train*.json and dev*.json, or a hub id; default: SLOPE_DATA_DIR/squad, or the hub's",
     )
-    add("--weights", help="a folder with config.json, weights and vocabulary, or a hub id; default: the installed MiniLM, "
-        "or what the config says")  # fmt: skip
+    add("--weights", help="a folder with config.json, weights and vocabulary, a hub id, or a checkpoint (.ckpt, and "
+        "--data.tokenizer); default: the installed MiniLM, or what the config says")  # fmt: skip
     first = ", ".join(f"{rates[0]:g} ({name})" for name, rates in RATES.items())
     sweep = "; ".join(f"{' '.join(f'{r:g}' for r in sorted(rates))} ({name})" for name, rates in RATES.items())
     comparison.add_options(parser, first, sweep)
