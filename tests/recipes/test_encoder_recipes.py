@@ -13,7 +13,7 @@ from recipes.bert_large.glue_sample import write_sample
 from recipes.bert_large.module import BertSquad
 from slope_pl import CheckpointError, ConfigError, ConversionError, sparse_layers
 from slope_pl.lightning import Distillation, frozen_copy
-from slope_pl.models import Encoder
+from slope_pl.models import Encoder, PretrainedMismatchError
 from tests.unit.test_pair_tokenizer import folder as roberta_tokenizer  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parents[2]
@@ -199,6 +199,17 @@ def test_tokenizer_of_another_model_is_refused(tmp_path, data, roberta, distilbe
         on_glue(tmp_path, "fit", roberta, data, "--data.tokenizer", str(distilbert))
     with pytest.raises(ValueError, match="the tokenizer pads with 1, the model with 0"):
         on_glue(tmp_path, "fit", distilbert, data, "--data.tokenizer", str(roberta))
+
+
+@pytest.mark.parametrize("labels", [["contradiction", "neutral", "entailment"], ["not_entailment", "entailment"]])
+def test_a_head_of_other_labels_is_refused_as_with_bert(tmp_path, data, distilbert, labels):
+    """transformers would make one of another size anew without a word, and take one of this size as it is."""
+    config = hf.DistilBertConfig.from_pretrained(distilbert, id2label=dict(enumerate(labels)))
+    folder = tmp_path / "weights"
+    hf.DistilBertForSequenceClassification(config).save_pretrained(folder)
+    (folder / "vocab.txt").write_text((SAMPLE / "vocab.txt").read_text())
+    with pytest.raises(PretrainedMismatchError, match=f"labels are {', '.join(labels)}, those of rte are entailment"):
+        on_glue(tmp_path, "fit", folder, data)
 
 
 def test_temperature_has_no_effect_in_regression(tmp_path, data, distilbert, checkpoints):
