@@ -94,7 +94,9 @@ def test_squad(request, tmp_path, kind):
 
 
 def test_a_checkpoint_is_enough_to_rebuild_and_export(tmp_path, data, roberta):
-    found = on_glue(tmp_path, "fit", roberta, data, "--model.slope.adapter_rank", "4")
+    trace = "--trainer.callbacks+=recipes.adapters.AdapterTrace"
+    found = on_glue(tmp_path, "fit", roberta, data, "--model.slope.adapter_rank", "4", trace)
+    assert Path(found["checkpoint"]).parents[1].joinpath("adapters.csv").is_file()
     module = BertGlue.load_from_checkpoint(found["checkpoint"], weights_only=True).eval()
     assert isinstance(module.net, Encoder)
     assert all(layer.adapters_awake for layer in sparse_layers(module).values())
