@@ -182,6 +182,7 @@ def run_all(
     deadline = float("inf") if options.budget_minutes is None else time.time() + 60 * options.budget_minutes
     job = Job(recipe, place, options.runs.absolute(), options.in_process, threads, deadline)
     done = {result.run for result in read(options.csv)}
+    wanted = list(dict.fromkeys(wanted))  # --seeds 0 0
     missing = [run for run in wanted if run not in done]
     print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them done.", flush=True)
     stages = _stages(missing, dense_rates)
