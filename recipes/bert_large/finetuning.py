@@ -183,7 +183,10 @@ class BertFineTuning(SLoPeLightningModule):
         self.check_source(source)
         encoder = load_encoder(source, self.head, self.num_labels if self.head == "classification" else None)
         if fresh:
-            rank_zero_info(f"Weights from {source}: a {kind} of transformers.")
+            new = (
+                f"{len(encoder.fresh)} tensors fresh ({', '.join(encoder.fresh)})" if encoder.fresh else "head included"
+            )
+            rank_zero_info(f"Weights from {source}: a {kind} of transformers, {new}.")
         return encoder
 
     def _start_from(self, net: nn.Module, saved: FineTuned) -> None:

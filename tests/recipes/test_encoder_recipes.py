@@ -93,6 +93,19 @@ def test_squad(request, tmp_path, kind):
     assert on_squad(tmp_path, "validate", weights, "--ckpt_path", found["checkpoint"])["scores"] == found["scores"]
 
 
+def test_what_is_fresh_is_said(tmp_path, data, distilbert, caplog):
+    short = ["--trainer.max_steps", "1"]
+    on_glue(tmp_path, "fit", distilbert, data, *short, config="glue_dense.yaml")
+    heads = "classifier.bias, classifier.weight, pre_classifier.bias, pre_classifier.weight"
+    assert f"Weights from {distilbert}: a distilbert of transformers, 4 tensors fresh ({heads})." in caplog.text
+    folder = tmp_path / "with-head"
+    config = hf.DistilBertConfig.from_pretrained(distilbert)
+    hf.DistilBertForSequenceClassification(config).save_pretrained(folder)
+    (folder / "vocab.txt").write_text((SAMPLE / "vocab.txt").read_text())
+    on_glue(tmp_path, "fit", folder, data, *short, config="glue_dense.yaml")
+    assert f"Weights from {folder}: a distilbert of transformers, head included." in caplog.text
+
+
 def test_a_checkpoint_is_enough_to_rebuild_and_export(tmp_path, data, roberta):
     trace = "--trainer.callbacks+=recipes.adapters.AdapterTrace"
     found = on_glue(tmp_path, "fit", roberta, data, "--model.slope.adapter_rank", "4", trace)
