@@ -12,7 +12,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from recipes.bert_large.pretrain_checkpoint import check_masks, load_pretraining_checkpoint, read_pretraining_checkpoint
+from recipes.bert_large.pretrain_checkpoint import (
+    load_pretraining_checkpoint,
+    read_pretraining_checkpoint,
+    say_masks_are_kept,
+)
 from recipes.bert_large.starts import (
     FineTuned,
     TeacherConfig,
@@ -278,8 +282,7 @@ class BertFineTuning(SLoPeLightningModule):
         """Check that the masks of a pretraining checkpoint are those of the end."""
         pretrained = is_checkpoint(self.weights) and not is_fine_tuned(str(self.weights))
         if pretrained and self.trainer.is_global_zero and sparse_layers(self):
-            layers = check_masks(self._model(), str(self.weights))
-            print(f"Masks of {layers} layers are still those of {self.weights}.", flush=True)
+            say_masks_are_kept(self._model(), str(self.weights))
 
     # ------------------------------------------------------------------------------------------------ optimizer
 

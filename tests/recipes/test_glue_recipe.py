@@ -251,6 +251,11 @@ def test_a_sparse_pretraining_checkpoint_keeps_its_masks(folder, tmp_path, capsy
     for name in masks:
         assert torch.equal(state[name], saved[name]), name
     assert not torch.equal(state[masks[0].replace("indices", "values")], saved[masks[0].replace("indices", "values")])
+    # A run that is resumed after the file was removed ends as well.
+    file.unlink()
+    more = ["--ckpt_path", result["checkpoint"], "--trainer.max_steps", str(result["steps"] + 5)]
+    run(tmp_path / "runs", "fit", folder, *weights, *more)
+    assert f"{file} is not there any more: WHETHER THE MASKS" in capsys.readouterr().out
 
 
 def test_a_file_that_is_no_pretraining_checkpoint_is_refused(folder, tmp_path, fitted):
