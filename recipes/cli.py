@@ -266,15 +266,30 @@ def exporter(
 
     def export(arguments: list[str]) -> None:
         parser = checkpoint_parser(f"{prog} export", "Write a checkpoint as a dense Hugging Face model.")
-        parser.add_argument("--folder", type=str, required=True, help="where config.json and model.safetensors go")
+        parser.add_argument(
+            "--folder", type=str, required=True, help="where config.json and model.safetensors go; one without a model"
+        )
         options = parser.parse_args(arguments)
+        folder = str(Path(options.folder).expanduser())
+        _refuse_a_models_folder(Path(folder))
         refuse_foreign(options.ckpt_path, inspect.signature(module.__init__).parameters, prog)
-        load_module(module, options.ckpt_path).export(options.folder)
+        load_module(module, options.ckpt_path).export(folder)
         if beside is not None:
-            beside(options.ckpt_path, options.folder)
-        print(f"Dense Hugging Face model: {options.folder}")
+            beside(options.ckpt_path, folder)
+        print(f"Dense Hugging Face model: {folder}")
 
     return export
+
+
+def _refuse_a_models_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--folder {folder} is a file; name a folder, which may be a new one")
+    there = [path.name for kind in ("config.json", "*.safetensors*", "*.bin*") for path in sorted(folder.glob(kind))]
+    if there:
+        raise ConfigError(
+            f"--folder {folder} holds a model already ({', '.join(there[:3])}), which the export would write over; name "
+            "another folder, or remove it first"
+        )
 
 
 def lay_over(arguments: list[str]) -> list[str]:

@@ -22,6 +22,12 @@ KINDS = {
     "attention.output.dense": "attention output",
     "intermediate.dense": "intermediate",
     "output.dense": "output",
+    "attention.q_lin": "query",  # DistilBERT's names
+    "attention.k_lin": "key",
+    "attention.v_lin": "value",
+    "attention.out_lin": "attention output",
+    "ffn.lin1": "intermediate",
+    "ffn.lin2": "output",
 }
 
 
@@ -67,7 +73,7 @@ class Point:
 def layer_kind(name: str) -> str:
     """What the layers of one place in every block have in common.
 
-    Their name after the block's number, said shortly for GPT-2 (c_attn, c_proj (attn), c_fc, c_proj (mlp)) and BERT (query,
+    Their name after the block's number, said shortly for GPT-2 (c_attn, c_proj (attn), c_fc, c_proj (mlp)) and BERTs (query,
     key, value, attention output, intermediate, output); the last two parts of a name without a number.
     """
     parts = [part for part in name.split(".") if not part.startswith("_")]  # those of wrappers: _orig_mod

@@ -31,7 +31,7 @@ def convergence_curves(file: Path, runs: Mapping[str, Sequence[Point]], title: s
     if plt is None:
         return False
     found = dict.fromkeys(point.kind for points in runs.values() for point in points)
-    kinds = [kind for kind in KINDS.values() if kind in found]
+    kinds = [kind for kind in dict.fromkeys(KINDS.values()) if kind in found]
     kinds += [kind for kind in found if kind not in kinds]
     looks: dict[str, tuple[str, Any]] = {
         kind: (COLOURS[i % len(COLOURS)], "-" if i < len(COLOURS) else "--") for i, kind in enumerate(kinds)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from recipes.bert_large import comparison
 from recipes.bert_large.glue_plan import minilm_folder
-from recipes.bert_large.glue_report import best_rates, spread
+from recipes.bert_large.glue_report import best_rates, rank_gains, spread
 from recipes.bert_large.ledger import Result, read
 from recipes.bert_large.methods import Place
 
@@ -51,8 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--data",
         help="a folder with train*.json and dev*.json, or a hub id; default: SLOPE_DATA_DIR/squad, or the hub's",
     )
-    add("--weights", help="a folder with config.json, weights and vocabulary, or a hub id; default: the installed MiniLM, "
-        "or what the config says")  # fmt: skip
+    add("--weights", help="a folder with config.json, weights and vocabulary, a hub id, or a checkpoint (.ckpt, and "
+        "--data.tokenizer); default: the installed MiniLM, or what the config says")  # fmt: skip
     first = ", ".join(f"{rates[0]:g} ({name})" for name, rates in RATES.items())
     sweep = "; ".join(f"{' '.join(f'{r:g}' for r in sorted(rates))} ({name})" for name, rates in RATES.items())
     comparison.add_options(parser, first, sweep)
@@ -100,11 +100,15 @@ def _absolute(place: str) -> str:
 
 
 def report(results: Sequence[Result]) -> str:
-    """A Markdown table for each set of settings: each method at its best rate; all rates tried with their mean F1 beside it."""
+    """Markdown tables for each set of settings: each method at its best rate, all rates tried beside it; ranks against gain."""
     if not results:
         return "No results yet."
     every = dict.fromkeys(r.settings for r in results)
-    return "\n\n".join(f"{own}\n\n{_table([r for r in results if r.settings == own])}" for own in every)
+    parts = []
+    for settings in every:
+        own = [r for r in results if r.settings == settings]
+        parts += [settings, _table(own), *filter(None, [rank_gains(own, ["squad"])])]
+    return "\n\n".join(parts)
 
 
 def _table(results: Sequence[Result]) -> str:

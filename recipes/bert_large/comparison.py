@@ -22,6 +22,7 @@ import torch
 from recipes import launching
 from recipes.bert_large.ledger import Result, read
 from recipes.bert_large.methods import (
+    FADE,
     MASKS,
     STARTS,
     Place,
@@ -64,7 +65,6 @@ class Job:
         runs: folder of logs and checkpoints.
         in_process: without a process for each run.
         threads: environment of a process for each run.
-        fade: share of the first stage's steps in a gradual start.
         deadline: time (as ``time.time``) after which no run begins.
     """
 
@@ -73,7 +73,6 @@ class Job:
     runs: Path
     in_process: bool
     threads: Mapping[str, str]
-    fade: float
     deadline: float
 
 
@@ -97,7 +96,7 @@ def add_options(parser: argparse.ArgumentParser, rates: str, sweep: str) -> None
     add("--ranks", nargs="+", type=int, default=[0], help="of the adapters of the sparse runs (default: 0)")
     add("--starts", nargs="+", default=["plain"], metavar="START", help="of the sparse runs: plain (default), or some of "
         + "; ".join(f"{name}: {text}" for name, text in STARTS.items()) + "; joined by + (teacher+gradual)")  # fmt: skip
-    add("--fade", type=float, default=0.5, help="share of the first stage's steps in a gradual start (default: 0.5)")
+    add("--fade", type=float, help=f"share of the first stage's steps in a gradual start (default: {FADE:g})")
     add("--sparse-arguments", default="", metavar="'ARGUMENTS'", help="for the sparse runs alone")
     add("--rates", nargs="+", type=float, help=f"peak learning rates; default: {rates}")
     add("--sweep", action="store_true", help=f"instead of --rates: {sweep}")
@@ -118,11 +117,13 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         parser.error("--rates, --sweep and --best-rates exclude each other")
     if options.jobs < 1:
         parser.error(f"--jobs: {options.jobs}, expected 1 or more")
-    if not 0 < options.fade <= 1:
+    if options.fade is not None and not 0 < options.fade <= 1:
         parser.error(f"--fade: {options.fade:g}, expected a share above 0 and at most 1")
     if wrong := [rank for rank in options.ranks if rank < 0]:
         parser.error(f"--ranks: {wrong[0]}, expected 0 or more")
-    options.starts = check_starts(options.starts)
+    if options.fade is not None and not any("gradual" in start.split("+") for start in options.starts):
+        parser.error(f"--fade {options.fade:g} has no effect without a gradual start: add --starts gradual")
+    options.starts = check_starts(options.starts, FADE if options.fade is None else options.fade)
 
 
 def runs(
@@ -131,8 +132,9 @@ def runs(
     """The runs asked for; seeds and rates outermost, so that a cut comparison has all tasks and methods.
 
     Raises:
-        SystemExit: for a rate out of range, or none to choose from.
+        SystemExit: for a rate out of range, or none to choose from; weights that cannot be read, or do not fit the methods.
     """
+    place.check_methods(options.methods, options.starts if "sparse" in options.methods else [])
     methods = [("dense", "none", 0, "plain", "")] if "dense" in options.methods else []
     if "sparse" in options.methods:
         methods += [
@@ -150,8 +152,7 @@ def runs(
 
 
 def _best(run: Run, best: Mapping[tuple[str, str, str], float], file: Path) -> float:
-    start = "+".join(part for part in STARTS if part in run.starts - {"early"}) or "plain"
-    for candidate in (run, replace(run, rank=0, start=start)):
+    for candidate in (run, replace(run, rank=0, start=run.without("early"))):
         if (key := (run.settings, run.task, candidate.label)) in best:
             return best[key]
     raise SystemExit(f"--best-rates: {file} has no run of {run.task}, {run.label} to choose from")
@@ -179,8 +180,9 @@ def run_all(
         threads: environment of a process for each run.
     """
     deadline = float("inf") if options.budget_minutes is None else time.time() + 60 * options.budget_minutes
-    job = Job(recipe, place, options.runs.absolute(), options.in_process, threads, options.fade, deadline)
+    job = Job(recipe, place, options.runs.absolute(), options.in_process, threads, deadline)
     done = {result.run for result in read(options.csv)}
+    wanted = list(dict.fromkeys(wanted))  # --seeds 0 0
     missing = [run for run in wanted if run not in done]
     print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them done.", flush=True)
     stages = _stages(missing, dense_rates)
@@ -291,7 +293,7 @@ def command_line(run: Run, job: Job, folder: Path, keep: bool) -> list[str]:
     callbacks = [{"class_path": job.recipe.table}, *([saver] if keep else [])]
     task = [] if run.task == "squad" else ["--data.task", run.task]
     return [
-        *("fit", *job.place.config_arguments(), *method_arguments(run, job.recipe.configs, job.fade)),
+        *("fit", *job.place.config_arguments(), *method_arguments(run, job.recipe.configs)),
         *job.place.command_line(),
         *("--trainer.callbacks", json.dumps(callbacks)),
         *("--trainer.enable_checkpointing", str(keep).lower(), "--trainer.enable_progress_bar", "false"),

@@ -12,7 +12,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from recipes.bert_large.pretrain_checkpoint import check_masks, load_pretraining_checkpoint, read_pretraining_checkpoint
+from recipes.bert_large.pretrain_checkpoint import (
+    load_pretraining_checkpoint,
+    read_pretraining_checkpoint,
+    say_masks_are_kept,
+)
 from recipes.bert_large.starts import (
     FineTuned,
     TeacherConfig,
@@ -183,7 +187,10 @@ class BertFineTuning(SLoPeLightningModule):
         self.check_source(source)
         encoder = load_encoder(source, self.head, self.num_labels if self.head == "classification" else None)
         if fresh:
-            rank_zero_info(f"Weights from {source}: a {kind} of transformers.")
+            new = (
+                f"{len(encoder.fresh)} tensors fresh ({', '.join(encoder.fresh)})" if encoder.fresh else "head included"
+            )
+            rank_zero_info(f"Weights from {source}: a {kind} of transformers, {new}.")
         return encoder
 
     def _start_from(self, net: nn.Module, saved: FineTuned) -> None:
@@ -275,8 +282,7 @@ class BertFineTuning(SLoPeLightningModule):
         """Check that the masks of a pretraining checkpoint are those of the end."""
         pretrained = is_checkpoint(self.weights) and not is_fine_tuned(str(self.weights))
         if pretrained and self.trainer.is_global_zero and sparse_layers(self):
-            layers = check_masks(self._model(), str(self.weights))
-            print(f"Masks of {layers} layers are still those of {self.weights}.", flush=True)
+            say_masks_are_kept(self._model(), str(self.weights))
 
     # ------------------------------------------------------------------------------------------------ optimizer
 

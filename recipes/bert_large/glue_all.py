@@ -40,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--runs", type=Path, default=Path("runs/glue"), help="logs (default: runs/glue)")
     add("--config", choices=list(RATES), help="what all runs share; default: what this machine can do")
     add("--data", help="a folder with CoLA/train.tsv ..., or a hub id; default: SLOPE_DATA_DIR/glue, or the hub")
-    add("--weights", help="a folder with config.json and model.safetensors and vocab.txt, or a hub id")
+    add("--weights", help="a folder with config.json and model.safetensors and vocab.txt, a hub id, or a checkpoint of "
+        "recipes.bert_large.pretrain (.ckpt, and --data.tokenizer)")  # fmt: skip
     add("--tasks", nargs="+", choices=list(TASKS), metavar="TASK", help=f"default: all there are of {', '.join(TASKS)}")
     comparison.add_options(parser, _first_rates(), _sweeps())
     options, overrides = parser.parse_known_args(arguments)

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from recipes.bert_large.ledger import Result
 from slope_pl.data.glue_tasks import TASKS
@@ -44,6 +45,7 @@ def report(results: Sequence[Result]) -> str:
     for settings in dict.fromkeys(r.settings for r in results):
         own = [r for r in results if r.settings == settings]
         parts.append(f"{settings}\n\n{_table(own, tasks, compared)}\n\n{_rates(own)}")
+        parts += filter(None, [rank_gains(own, tasks, compared)])
     if compared and not all(r.settings.startswith("glue_sample.yaml") for r in results):
         left_out = [task for task in PUBLISHED_TASKS if task not in compared]
         note = f", without {', '.join(left_out)}, which are not above" if left_out else ""
@@ -95,6 +97,42 @@ def _header(tasks: Sequence[str], compared: Sequence[str], extra: str) -> list[s
 def _metric(task: str) -> str:
     short = {"matthews": "Matthews", "accuracy": "acc.", "f1": "F1", "score": "r, rho"}
     return short[TASKS[task].published]
+
+
+def rank_gains(results: Sequence[Result], tasks: Sequence[str], averaged: Sequence[str] = ()) -> str:
+    """Ranks against gain: what adapters add to the same method without them, each at its own best rate.
+
+    Args:
+        results: of one set of settings.
+        tasks: the columns.
+        averaged: those of the last column, a mean, as far as all methods of the table were run on them; none: no such column.
+
+    Returns:
+        A Markdown table, or "" where no method has runs with adapters and without.
+    """
+    best = best_rates(results)
+    found: dict[tuple[str, str], list[float]] = {}
+    for r in results:
+        if r.rate == best[r.settings, r.task, r.label]:
+            found.setdefault((r.label, r.task), []).append(r.published)
+    means = {key: statistics.mean(values) for key, values in found.items()}
+    rows: dict[tuple[str, int, str], dict[str, float]] = {}
+    for r in results:
+        base = replace(r.run, rank=0, start=r.without("early"))
+        if r.rank and (base.label, r.task) in means:
+            gain = means[r.label, r.task] - means[base.label, r.task]
+            rows.setdefault((base.label, r.rank, r.label), {})[r.task] = gain
+    if not rows:
+        return ""
+    common = [task for task in averaged if all(task in gains for gains in rows.values())]
+    names = ["SQuAD (F1)" if task == "squad" else f"{TASKS[task].folder} ({_metric(task)})" for task in tasks]
+    columns = " | ".join(["method", *names, *([f"mean of {len(common)}"] if common else [])])
+    lines = [f"| {columns} |", "|" + "---|" * (columns.count("|") + 1)]
+    for (_, _, label), gains in sorted(rows.items()):
+        cells = [f"{gains[task]:+.2f}" if task in gains else "-" for task in tasks]
+        cells += [f"{statistics.mean(gains[task] for task in common):+.2f}"] if common else []
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "Ranks against gain, points over the same method at r = 0:\n\n" + "\n".join(lines)
 
 
 def _rates(results: Sequence[Result]) -> str:

@@ -24,7 +24,8 @@ def main() -> int:
     )
     parser.add_argument("--data", help="a folder with train*.json and dev*.json, or a hub data set (make: DATA=...)")
     parser.add_argument(
-        "--weights", help="a folder with config.json and model.safetensors, or a hub id (make: WEIGHTS=...)"
+        "--weights",
+        help="a folder with config.json and model.safetensors, a hub id, or a checkpoint (make: WEIGHTS=...)",
     )
     parser.add_argument("--runs", default="runs", help="where logs and checkpoints go")
     known, rest = parser.parse_known_args()

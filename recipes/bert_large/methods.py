@@ -3,7 +3,15 @@
 import hashlib
 import shlex
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from recipes.checkpoints import read_checkpoint
+from slope_pl import CheckpointError
+from slope_pl.checkpoint import CHECKPOINT_KEY
 
 HERE = Path(__file__).parent
 _BASES = ("base.yaml", "glue_base.yaml")  # laid under every run anyway
@@ -21,6 +29,9 @@ STARTS = {
     "tuned": "from the weights of that dense run, not from pretrained ones",
     "gradual": "a dense stage as long as the sparse one comes first, in which pruned weights fade to zero",
 }
+FADE = 0.5
+"""Share of the first stage's steps in which they do, if nothing is said; another one is part of a start's name."""
+_FADED = "faded"  # of the name of a first stage
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,7 @@ class Run:
         method: ``dense`` or ``sparse``; ``fade`` for the first stage of a gradual start, which is no result.
         mask: one of :data:`MASKS`; ``none`` for dense.
         rank: of the adapters.
-        start: ``plain``, or some of :data:`STARTS`, joined by ``+``.
+        start: ``plain``, or some of :data:`STARTS`, joined by ``+``; ``gradual=0.3`` where the share is not :data:`FADE`.
         rate: peak learning rate.
         seed: of the head, the order and the subset of the data.
         arguments: given to the sparse runs alone.
@@ -51,8 +62,18 @@ class Run:
 
     @property
     def starts(self) -> set[str]:
-        """The parts of ``start``."""
-        return set(self.start.split("+")) - {"plain"}
+        """The parts of ``start``, by the names in :data:`STARTS`."""
+        return {_part(name) for name in self.start.split("+")} & set(STARTS)
+
+    @property
+    def fade(self) -> float:
+        """Share of the first stage's steps."""
+        shares = [name.partition("=")[2] for name in self.start.split("+") if _part(name) in ("gradual", _FADED)]
+        return float(shares[0]) if shares and shares[0] else FADE
+
+    def without(self, *parts: str) -> str:
+        """``start`` without some of its parts."""
+        return "+".join(name for name in self.start.split("+") if _part(name) not in parts) or "plain"
 
     @property
     def label(self) -> str:
@@ -80,7 +101,7 @@ class Place:
     Attributes:
         config: of this folder, laid under the method's.
         data: hub id, or a folder.
-        weights: hub id, or a folder; None for the config's own.
+        weights: hub id, a folder, or a checkpoint, which has no vocabulary; None for the config's own.
         arguments: for all runs, before the user's.
     """
 
@@ -89,12 +110,41 @@ class Place:
     weights: str | None
     arguments: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def settings(self) -> str:
-        """For the CSV: without folders that only this machine has."""
+        """For the CSV: without folders that only this machine has.
+
+        Raises:
+            CheckpointError: the weights are a checkpoint that cannot be read.
+        """
         parts = [self.config, f"data={_tail(self.data, 1)}"]
-        parts += [f"weights={_tail(self.weights, 2)}"] if self.weights else []
+        if self.weights:
+            # Every last.ckpt has the same name.
+            parts += [f"weights={_tail(self.weights, 2)}" + (f"#{_digest(self.weights)}" if self.is_checkpoint else "")]
         return " ".join([*parts, *self.arguments])
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether the weights are a checkpoint of these recipes or of pretraining."""
+        return self.weights is not None and self.weights.endswith(".ckpt")
+
+    def check_methods(self, methods: list[str], starts: list[str]) -> None:
+        """Refuse dense runs from a sparse checkpoint before any is made.
+
+        Args:
+            methods: ``dense``, ``sparse``.
+            starts: of the sparse runs.
+
+        Raises:
+            SystemExit: naming the way out.
+        """
+        need = ["--methods dense"] if "dense" in methods else []
+        need += [f"--starts {start}" for start in starts if {_part(p) for p in start.split("+")} - {"plain", "early"}]
+        if need and self.is_checkpoint and CHECKPOINT_KEY in _read(str(self.weights)):
+            raise SystemExit(
+                f"--weights {self.weights} is of a 2:4 sparse model, from which no dense run can start, and {need[0]} needs "
+                "one: give --methods sparse, and no starts but plain and early"
+            )
 
     def config_arguments(self) -> list[str]:
         """What goes before the method's."""
@@ -102,7 +152,9 @@ class Place:
 
     def command_line(self) -> list[str]:
         """What goes after the method's."""
-        weights = ["--model.weights", self.weights, "--data.tokenizer", self.weights] if self.weights else []
+        weights = ["--model.weights", self.weights] if self.weights else []
+        if self.weights and not self.is_checkpoint:
+            weights += ["--data.tokenizer", self.weights]
         return ["--data.source", self.data, *weights, *self.arguments]
 
 
@@ -111,12 +163,38 @@ def _tail(place: str, parts: int) -> str:
     return "/".join(path.parts[-parts:]) if path.exists() or place.startswith((".", "~", "/")) else place
 
 
-def check_starts(names: list[str]) -> list[str]:
+def _read(checkpoint: str) -> dict[str, Any]:
+    try:
+        return read_checkpoint(checkpoint)
+    except CheckpointError as error:
+        raise SystemExit(f"--weights: {error}") from error
+
+
+def _digest(checkpoint: str) -> str:
+    """Tells checkpoints apart by their vectors (biases, norms): a few MB, where all of it is gigabytes."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(_read(checkpoint)["state_dict"].items()):
+        if tensor.dim() == 1:
+            found.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:8]
+
+
+def _part(name: str) -> str:
+    """A part of a start without its share."""
+    return name.partition("=")[0]
+
+
+def check_starts(names: list[str], fade: float = FADE) -> list[str]:
     """Combinations in one spelling.
+
+    Args:
+        names: of the starts.
+        fade: share of the first stage's steps in a gradual one.
 
     Raises:
         SystemExit: for an unknown part.
     """
+    spelt = {part: f"gradual={fade:g}" if part == "gradual" and fade != FADE else part for part in STARTS}
     found = []
     for name in names:
         parts = set(name.split("+")) - {"plain"}
@@ -124,7 +202,7 @@ def check_starts(names: list[str]) -> list[str]:
             raise SystemExit(
                 f"--starts: {', '.join(unknown)} unknown; plain, or some of {', '.join(STARTS)}, joined by +"
             )
-        found.append("+".join(part for part in STARTS if part in parts) or "plain")
+        found.append("+".join(spelt[part] for part in STARTS if part in parts) or "plain")
     return list(dict.fromkeys(found))
 
 
@@ -135,23 +213,24 @@ def dense_sibling(run: Run, rate: float) -> Run:
 
 def first_stage(run: Run) -> Run:
     """The dense run in which the entries that a run prunes fade to zero."""
-    start = "+".join(part for part in STARTS if part in run.starts - {"early", "gradual"}) or "plain"
+    start = run.without("early", "gradual")
+    if run.fade != FADE:
+        start = "+".join([*([] if start == "plain" else [start]), f"{_FADED}={run.fade:g}"])
     return replace(run, method="fade", rank=0, start=start, arguments="")
 
 
-def method_arguments(run: Run, configs: tuple[str, str], fade: float) -> list[str]:
+def method_arguments(run: Run, configs: tuple[str, str]) -> list[str]:
     """What the method adds to a command line.
 
     Args:
         run: dense, sparse, or a first stage.
         configs: the recipe's sparse and dense ones.
-        fade: share of the first stage's steps.
     """
     if run.method == "dense":
         return ["--config", str(HERE / configs[1])]
     arguments = ["--config", str(HERE / configs[0]), *MASKS[run.mask]]
     if run.method == "fade":
-        return [*arguments, "--model.fade", str(fade)]
+        return [*arguments, "--model.fade", str(run.fade)]
     if "gradual" in run.starts:
         arguments += ["--model.slope.mask_calibration_batches", "0"]  # masks were chosen in the first stage
     arguments += ["--model.slope.adapter_rank", str(run.rank)]

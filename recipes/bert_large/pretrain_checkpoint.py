@@ -181,6 +181,21 @@ def check_masks(net: nn.Module, path: str | Path) -> int:
     return len(_compare(net, saved, ("indices",))) if saved.slope is not None else 0
 
 
+def say_masks_are_kept(net: nn.Module, path: str | Path) -> None:
+    """At the end of training: :func:`check_masks`, with a line that says so; nothing of a dense checkpoint.
+
+    A file that is gone by now, days after the start, is said and no error: the run is done.
+
+    Raises:
+        CheckpointError: as :func:`check_masks`.
+    """
+    # Not the module's print: the progress bar is closed by now, and its print would drop the text.
+    if not Path(path).expanduser().exists():
+        print(f"{path} is not there any more: WHETHER THE MASKS ARE STILL ITS OWN WAS NOT CHECKED.", flush=True)
+    elif layers := check_masks(net, path):
+        print(f"Masks of {layers} layers are still those of {path}.", flush=True)
+
+
 def _compare(net: nn.Module, saved: PretrainingCheckpoint, buffers: tuple[str, ...]) -> list[str]:
     layers = {name: layer for name, layer in sparse_layers(net).items() if f"{name}.indices" in saved.state}
     if not layers:

@@ -14,9 +14,9 @@ from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 
 from recipes.bert_large.finetuning import parameter_groups
 from recipes.bert_large.pretrain_checkpoint import (
-    check_masks,
     load_pretraining_checkpoint,
     read_pretraining_checkpoint,
+    say_masks_are_kept,
 )
 from recipes.compiling import compile_blocks, compiled, is_spread, release_blocks
 from slope_pl import SLoPeConfig, SLoPeLightningModule, dense_state_dict, sparse_layers
@@ -236,9 +236,7 @@ class BertPretraining(SLoPeLightningModule):
         """Check that the masks of the phase before are those of the end."""
         if self.start_from is None or not sparse_layers(self) or not self.trainer.is_global_zero:
             return
-        if layers := check_masks(self._model(), self.start_from):
-            # Not self.print: the progress bar is closed by now, and its print would drop the text.
-            print(f"Masks of {layers} layers are still those of {self.start_from}.", flush=True)
+        say_masks_are_kept(self._model(), self.start_from)
 
     def teardown(self, stage: str) -> None:
         """Let go of what was compiled."""

@@ -150,7 +150,7 @@ def load_hub_split(source: str, task: str, split: str) -> Any:
     name = task_info(task).hub_split(split)
     try:
         return datasets.load_dataset(source, task, split=name)
-    except (OSError, ValueError) as error:  # the library's own errors derive from these two
+    except (OSError, ValueError, RuntimeError) as error:  # the last: a data set that is a script, since datasets 4
         raise DataUnavailableError(
             f"cannot load data set {source!r}, {task}, split {name!r}, from the hub or its local cache "
             f"({type(error).__name__}: {error}); there is no folder of that name in {Path.cwd()} either. Without a "

@@ -217,7 +217,7 @@ def load_hub_split(source: str, split: Split) -> Any:
 
     try:
         return datasets.load_dataset(source, split=_HUB_SPLIT[split])
-    except (OSError, ValueError) as error:  # the library's own errors derive from these two
+    except (OSError, ValueError, RuntimeError) as error:  # the last: a data set that is a script, since datasets 4
         raise DataUnavailableError(
             f"cannot load data set {source!r}, split {_HUB_SPLIT[split]!r}, from the hub or its local cache "
             f"({type(error).__name__}: {error}); there is no file or folder of that name in {Path.cwd()} either. "

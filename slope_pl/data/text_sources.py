@@ -143,7 +143,7 @@ class LocalText:
             if "\0" in text and "\0" not in (self.separator or ""):
                 raise TextFormatError(
                     f"{where}: NUL character at position {text.index(chr(0))}: this is either no text, or documents "
-                    "separated by NUL, in which case say separator='\\0' (in YAML \"\\0\")"
+                    "separated by NUL, in which case say separator='\\0' (in a config of YAML, \"\\0\"; no command line can)"
                 )
             yield text, where
 
@@ -225,11 +225,17 @@ def stream_hub(name: str, subset: str | None, split: str, revision: str | None) 
 
     try:
         return datasets.load_dataset(name, subset, split=split, revision=revision, streaming=True)
-    except (OSError, ValueError) as error:  # the library's own errors derive from these two
+    except (OSError, ValueError, RuntimeError) as error:  # the last: a data set that is a script, since datasets 4
+        script = isinstance(error, RuntimeError) and "script" in str(error)
         raise DataUnavailableError(
             f"cannot stream data set {name!r} (subset {subset!r}, split {split!r}, revision {revision!r}) from the hub "
             f"({type(error).__name__}: {error}); there is no file or folder of that name in {Path.cwd()} either. "
             "Without a network, give a folder of .txt or .jsonl files, or one prepared elsewhere (with index.json)."
+            + (
+                " A data set that is a script: revision='refs/convert/parquet' is the hub's own copy in files."
+                if script
+                else ""
+            )
         ) from error
 
 

@@ -38,7 +38,10 @@ class Encoder(nn.Module):
         model: the ``transformers`` model; dense until surgery.
         task: what its head is for.
         max_length: the longest sequence, tokens.
+        fresh: parameters that the weights did not hold, by the names of ``model``: after :func:`load_encoder`, of the head.
     """
+
+    fresh: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module, task: EncoderTask) -> None:
         super().__init__()
@@ -140,7 +143,9 @@ def load_encoder(
             f"the weights of {source} lack {len(lost)} tensors of the {config.model_type} encoder ({', '.join(lost[:3])}): "
             "they are of another model"
         )
-    return Encoder(model.train(), task)
+    encoder = Encoder(model.train(), task)
+    encoder.fresh = tuple(sorted(fresh))
+    return encoder
 
 
 @built_whole()

@@ -87,6 +87,10 @@ def test_kinds_of_our_models():
     found = [layer_kind(name) for name in sparsify(bert, SLoPeConfig())]
     block = ["query", "key", "value", "attention output", "intermediate", "output"]
     assert found == [*block[3:], *block, "pooler.dense", "transform.dense"]
+    hf = pytest.importorskip("transformers")
+    sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "vocab_size": 64}
+    distilbert = hf.DistilBertForQuestionAnswering(hf.DistilBertConfig(**sizes))
+    assert {layer_kind(name) for name in sparsify(distilbert, SLoPeConfig())} == set(block)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from recipes.bert_large import glue, squad
 from recipes.bert_large.glue_sample import write_sample
 from recipes.gpt2.pretrain import main as gpt2
-from slope_pl import CheckpointError
+from slope_pl import CheckpointError, ConfigError
 from slope_pl.data import GlueFormatError, SquadFormatError
 from tests.recipes.test_glue_recipe import run as on_glue
 from tests.recipes.test_squad_recipe import SAMPLE
@@ -108,11 +108,29 @@ def test_foreign_checkpoints(unchanged, data, tmp_path, recipe, arguments, messa
 
 @pytest.mark.parametrize(("main", "kind"), [(glue.main, "squad"), (squad.main, "glue")])
 def test_export_of_a_foreign_checkpoint_leaves_the_folder(runs, tmp_path, main, kind):
-    (tmp_path / "model.safetensors").write_text("mine")
+    (tmp_path / "vocab.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="is a checkpoint of another recipe"):
         main(["export", "--ckpt_path", runs[1][kind], "--folder", str(tmp_path)])
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
-    assert (tmp_path / "model.safetensors").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["vocab.txt"]
+    assert (tmp_path / "vocab.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
+)
+def test_export_into_a_folder_with_a_model_writes_nothing(runs, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    for folder, message in (
+        (tmp_path, f"holds a model already .{name}."),
+        (tmp_path / name, "is a file; name a folder"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            squad.main(["export", "--ckpt_path", runs[1]["squad"], "--folder", str(folder)])
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+    (tmp_path / name).rename(tmp_path / "vocab.txt")  # which is no model
+    squad.main(["export", "--ckpt_path", runs[1]["squad"], "--folder", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {"vocab.txt", "config.json", "model.safetensors"}
 
 
 def test_text_from_a_foreign_checkpoint(runs):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.bert_large import compare, comparison, glue, glue_all
+from recipes.bert_large import compare, comparison, glue, glue_all, pretrain
 from recipes.bert_large.glue_report import best_rates
 from recipes.bert_large.glue_sample import write_sample
 from recipes.bert_large.ledger import read
@@ -15,7 +15,8 @@ from recipes.bert_large.methods import MASKS, STARTS, Place, Run, dense_sibling,
 from slope_pl.lightning import faded_masks
 from slope_pl.models import BertConfig, BertForQuestionAnswering, save_pretrained
 
-SAMPLE = Path(__file__).parents[2] / "data" / "sample"
+ROOT = Path(__file__).parents[2]
+SAMPLE = ROOT / "data" / "sample"
 CONFIGS = ("glue.yaml", "glue_dense.yaml")
 PLAIN = Run("rte", "sparse", "wanda", 4, "plain", 1e-3, 0, "", "s")
 
@@ -60,12 +61,33 @@ def test_runs_that_others_start_from():
     assert comparison._stages([PLAIN], {"rte": 3e-4}) == [[], []]
 
 
+def test_another_share_of_fading_is_another_run_and_another_first_stage(capsys):
+    (start,) = options("--starts", "gradual+teacher", "--fade", "0.25").starts
+    assert start == "teacher+gradual=0.25"
+    run = replace(PLAIN, start=start)
+    assert (run.starts, run.fade, run.label) == (
+        {"teacher", "gradual"},
+        0.25,
+        "2:4 wanda, r = 4, teacher + gradual=0.25",
+    )
+    usual = replace(PLAIN, start="teacher+gradual")
+    assert usual.fade == first_stage(usual).fade == 0.5
+    assert options("--starts", "gradual", "--fade", "0.5").starts == ["gradual"]
+    stage = first_stage(run)
+    assert (stage.fade, stage.starts, first_stage(usual).start) == (0.25, {"teacher"}, "teacher")
+    assert stage.name != first_stage(usual).name
+    assert method_arguments(stage, CONFIGS)[-2:] == ["--model.fade", "0.25"]
+    with pytest.raises(SystemExit):
+        options("--fade", "0.25", "--starts", "teacher")
+    assert "--fade 0.25 has no effect without a gradual start" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("method", ["dense", "sparse", "fade"])
 def test_arguments_parse(capsys, mask, method):
     run = replace(PLAIN, mask=mask, method=method, rank=0 if method == "fade" else 4, start="early")
     with pytest.raises(SystemExit) as stop:
-        glue.main(["fit", *method_arguments(run, CONFIGS, 0.5), "--data.task", "rte", "--print_config"])
+        glue.main(["fit", *method_arguments(run, CONFIGS), "--data.task", "rte", "--print_config"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert ("fade: 0.5" in text) == (method == "fade")
@@ -76,7 +98,7 @@ def test_arguments_parse(capsys, mask, method):
 
 
 def test_the_second_stage_does_not_choose_masks():
-    arguments = method_arguments(replace(PLAIN, start="gradual"), CONFIGS, 0.5)
+    arguments = method_arguments(replace(PLAIN, start="gradual"), CONFIGS)
     at = len(arguments) - arguments[::-1].index("--model.slope.mask_calibration_batches")
     assert arguments[at] == "0"
 
@@ -150,6 +172,59 @@ def test_every_start_runs_after_the_dense_runs_it_needs(tmp_path, data, caplog, 
     assert caplog.text.count("Teacher: ") == 3
 
 
+def test_a_first_stage_of_another_share_is_not_taken_for_this_one(tmp_path, data, monkeypatch):
+    arguments = ["--methods", "sparse", "--starts", "gradual"]
+    assert go(tmp_path, data, *arguments) == 0
+    made = []
+    train = comparison.train
+    monkeypatch.setattr(comparison, "train", lambda run, *rest: made.append(run) or train(run, *rest))
+    assert go(tmp_path, data, *arguments, "--fade", "0.25") == 0
+    assert [(run.method, run.fade) for run in made] == [("fade", 0.25), ("sparse", 0.25)]
+    assert [r.start for r in read(tmp_path / "results.csv")] == ["gradual", "gradual=0.25"]
+
+
+def test_weights_may_be_a_pretraining_checkpoint(tmp_path, data, capsys):
+    """The chain by the runner: masks kept, no vocabulary taken from the checkpoint, checkpoints told apart."""
+    sizes = ["hidden_size", "64", "num_hidden_layers", "2", "num_attention_heads", "4", "intermediate_size", "128"]
+    sizes += ["vocab_size", "2048", "max_position_embeddings", "64"]
+    bert = [word for key, value in zip(sizes[::2], sizes[1::2], strict=True) for word in (f"--model.bert.{key}", value)]
+    saved = []
+    for name in ("one", "two"):
+        short = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "0", "--trainer.accelerator", "cpu"]
+        cli = pretrain.main(
+            ["fit", "--config", str(ROOT / "recipes/bert_large/pretrain_tiny.yaml"), *bert, *short,
+             "--data.cache_dir", str(tmp_path / "cache"), "--seed_everything", str(len(saved)),
+             "--trainer.logger.init_args.save_dir", str(tmp_path / name)]
+        )  # fmt: skip
+        assert cli is not None
+        saved.append(cli.trainer.checkpoint_callback.last_model_path)
+    own = [
+        "--config",
+        "glue_minilm.yaml",
+        "--data",
+        str(data),
+        "--tasks",
+        "rte",
+        "--in-process",
+        "--runs",
+        str(tmp_path),
+    ]
+    own += ["--data.tokenizer", str(SAMPLE / "vocab.txt"), "--data.max_length", "64", "--trainer.max_epochs", "1"]
+    own += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
+    for checkpoint in saved:
+        assert glue_all.main([*own, "--weights", checkpoint, "--methods", "sparse"]) == 0
+    first, second = read(tmp_path / "results.csv")  # two runs, although both files are called checkpoints/last.ckpt
+    assert first.settings != second.settings
+    assert "weights=checkpoints/last.ckpt#" in first.settings
+    (log,) = tmp_path.glob(f"{first.run.name}/log.txt")
+    assert f"are still those of {saved[0]}" in log.read_text()
+    for more in ([], ["--methods", "sparse", "--starts", "teacher"]):
+        with pytest.raises(SystemExit, match="is of a 2:4 sparse model, from which no dense run can start"):
+            glue_all.main([*own, "--weights", saved[0], *more])
+    with pytest.raises(SystemExit, match=r"--weights: .*none\.ckpt: no such file"):
+        glue_all.main([*own, "--weights", str(tmp_path / "none.ckpt")])
+
+
 def test_a_start_that_failed_fails_those_that_need_it(tmp_path, data, capsys, monkeypatch):
     def failing(run, *rest):
         raise comparison.RunError("out of luck")
@@ -164,7 +239,7 @@ def test_a_start_that_failed_fails_those_that_need_it(tmp_path, data, capsys, mo
 
 
 def test_dry_run_lists_and_makes_nothing(tmp_path, data, capsys):
-    assert go(tmp_path, data, "--starts", "plain", "gradual", "--dry-run") == 0
+    assert go(tmp_path, data, "--starts", "plain", "gradual", "--seeds", "0", "0", "--dry-run") == 0
     said = capsys.readouterr().out
     assert "3 runs, 0 of them done.\n1 dense runs that others start from come first.\n  rte, first stage of" in said
     assert not list(tmp_path.iterdir())
@@ -193,3 +268,7 @@ def test_squad_is_compared_by_the_same_runner(tmp_path, capsys):
         assert (result.dev_rows, result.train_rows_seen > 100, result.exact_match >= 0) == (12, True, True)
     assert results[-1].steps_before == results[-1].steps > 0
     assert "| 2:4 wanda, r = 0, teacher + gradual | 0.0002 | 1 |" in capsys.readouterr().out
+    adapted = replace(results[1], rank=16, f1=results[1].f1 + 2)
+    assert "at r = 0:\n\n| method | SQuAD (F1) |\n|---|---|\n| 2:4 wanda, r = 16 | +2.00 |" in compare.report(
+        [*results, adapted]
+    )

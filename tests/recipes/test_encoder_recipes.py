@@ -13,7 +13,7 @@ from recipes.bert_large.glue_sample import write_sample
 from recipes.bert_large.module import BertSquad
 from slope_pl import CheckpointError, ConfigError, ConversionError, sparse_layers
 from slope_pl.lightning import Distillation, frozen_copy
-from slope_pl.models import Encoder
+from slope_pl.models import Encoder, PretrainedMismatchError
 from tests.unit.test_pair_tokenizer import folder as roberta_tokenizer  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parents[2]
@@ -93,8 +93,23 @@ def test_squad(request, tmp_path, kind):
     assert on_squad(tmp_path, "validate", weights, "--ckpt_path", found["checkpoint"])["scores"] == found["scores"]
 
 
+def test_what_is_fresh_is_said(tmp_path, data, distilbert, caplog):
+    short = ["--trainer.max_steps", "1"]
+    on_glue(tmp_path, "fit", distilbert, data, *short, config="glue_dense.yaml")
+    heads = "classifier.bias, classifier.weight, pre_classifier.bias, pre_classifier.weight"
+    assert f"Weights from {distilbert}: a distilbert of transformers, 4 tensors fresh ({heads})." in caplog.text
+    folder = tmp_path / "with-head"
+    config = hf.DistilBertConfig.from_pretrained(distilbert)
+    hf.DistilBertForSequenceClassification(config).save_pretrained(folder)
+    (folder / "vocab.txt").write_text((SAMPLE / "vocab.txt").read_text())
+    on_glue(tmp_path, "fit", folder, data, *short, config="glue_dense.yaml")
+    assert f"Weights from {folder}: a distilbert of transformers, head included." in caplog.text
+
+
 def test_a_checkpoint_is_enough_to_rebuild_and_export(tmp_path, data, roberta):
-    found = on_glue(tmp_path, "fit", roberta, data, "--model.slope.adapter_rank", "4")
+    trace = "--trainer.callbacks+=recipes.adapters.AdapterTrace"
+    found = on_glue(tmp_path, "fit", roberta, data, "--model.slope.adapter_rank", "4", trace)
+    assert Path(found["checkpoint"]).parents[1].joinpath("adapters.csv").is_file()
     module = BertGlue.load_from_checkpoint(found["checkpoint"], weights_only=True).eval()
     assert isinstance(module.net, Encoder)
     assert all(layer.adapters_awake for layer in sparse_layers(module).values())
@@ -199,6 +214,17 @@ def test_tokenizer_of_another_model_is_refused(tmp_path, data, roberta, distilbe
         on_glue(tmp_path, "fit", roberta, data, "--data.tokenizer", str(distilbert))
     with pytest.raises(ValueError, match="the tokenizer pads with 1, the model with 0"):
         on_glue(tmp_path, "fit", distilbert, data, "--data.tokenizer", str(roberta))
+
+
+@pytest.mark.parametrize("labels", [["contradiction", "neutral", "entailment"], ["not_entailment", "entailment"]])
+def test_a_head_of_other_labels_is_refused_as_with_bert(tmp_path, data, distilbert, labels):
+    """transformers would make one of another size anew without a word, and take one of this size as it is."""
+    config = hf.DistilBertConfig.from_pretrained(distilbert, id2label=dict(enumerate(labels)))
+    folder = tmp_path / "weights"
+    hf.DistilBertForSequenceClassification(config).save_pretrained(folder)
+    (folder / "vocab.txt").write_text((SAMPLE / "vocab.txt").read_text())
+    with pytest.raises(PretrainedMismatchError, match=f"labels are {', '.join(labels)}, those of rte are entailment"):
+        on_glue(tmp_path, "fit", folder, data)
 
 
 def test_temperature_has_no_effect_in_regression(tmp_path, data, distilbert, checkpoints):

@@ -283,6 +283,31 @@ def test_table_compares_the_same_tasks_and_averages_the_published_metrics():
     assert "without cola, sst2, stsb, qqp, mnli, qnli" in text
 
 
+def test_ranks_against_gain():
+    """Over the same method without adapters, early ones over the plain start, each at its own best rate; WNLI in no mean."""
+    plain = [result(task, "sparse", score=score) for task, score in (("cola", 0), ("rte", 58), ("wnli", 50))]
+    plain = [replace(r, matthews=30.0) if r.task == "cola" else r for r in plain] + [
+        result("rte", "sparse", rate=1e-3, score=40.0),  # not the best rate
+        replace(result("rte", "sparse", score=55.0), start="teacher"),
+    ]
+    awake = [
+        replace(result("cola", "sparse", rank=4), matthews=31.0),
+        result("rte", "sparse", rank=4, rate=1e-3, score=60.0),
+        result("wnli", "sparse", rank=4, score=80.0),
+        replace(result("rte", "sparse", rank=16, score=60.0), start="early+teacher"),
+        replace(result("rte", "sparse", rank=16, score=60.0), mask="wanda"),  # never run without
+    ]
+    text = report([result("rte"), *plain, *awake])
+    assert "at r = 0:\n\n| method | CoLA (Matthews) | RTE (acc.) | WNLI (acc.) | mean of 1 |\n" in text
+    assert "| 2:4 magnitude, r = 4 | +1.00 | +2.00 | +30.00 | +2.00 |\n" in text
+    assert "| 2:4 magnitude, r = 16, early + teacher | - | +5.00 | - | +5.00 |" in text
+    assert text.count("wanda, r = 16") == 1
+    assert "mean of 2 |\n|---|---|---|---|---|\n| 2:4 magnitude, r = 4 | +1.00 | +2.00 | +30.00 | +1.50 |" in report(
+        [*plain, *awake[:3]]
+    )
+    assert "Ranks against gain" not in report([result("rte"), *plain])
+
+
 def test_table_says_which_rates_were_tried():
     text = report([result(rate=1e-5, score=60), result(rate=1e-4, score=65)])
     assert "rte, dense: best at 0.0001 (1e-05: 60.00, 0.0001: 65.00)" in text

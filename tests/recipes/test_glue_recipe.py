@@ -195,12 +195,32 @@ def test_load_from_checkpoint_and_export_give_the_same_logits(fitted, folder, tm
         run(tmp_path, "fit", folder, *weights, task="mrpc")
 
 
-def test_head_of_another_size_is_refused(folder, tmp_path):
-    save_pretrained(BertForSequenceClassification(BertConfig.from_dict(TINY), 3), tmp_path / "three")
-    with pytest.raises(
-        PretrainedMismatchError, match=r"classifier\.weight has shape \(3, 32\).*It is the head of another task"
-    ):
-        run(tmp_path, "fit", folder, "--model.weights", str(tmp_path / "three"))
+LABELS = "those of rte are entailment, not_entailment, in this order"
+
+
+@pytest.mark.parametrize(
+    ("labels", "more", "message"),
+    [
+        (["LABEL_0", "LABEL_1", "LABEL_2"], {}, f"labels are LABEL_0, LABEL_1, LABEL_2, {LABELS}"),
+        (["not_entailment", "entailment"], {}, f"labels are not_entailment, entailment, {LABELS}"),
+        (["NEGATIVE", "POSITIVE"], {"finetuning_task": "sst-2"}, "was fine-tuned on sst-2"),
+        (["NEGATIVE", "POSITIVE"], {}, f"labels are NEGATIVE, POSITIVE, {LABELS}"),
+        (["Entailment", "not entailment"], {"finetuning_task": "RTE"}, None),
+        (["LABEL_0", "LABEL_1"], {}, None),
+        (["not_entailment", "entailment"], {"architectures": ["BertModel"]}, None),
+    ],
+)
+def test_a_head_whose_labels_are_others_is_refused(folder, tmp_path, labels, more, message):
+    """Its outputs would be read as other classes, and nothing but the score would tell."""
+    net = BertForSequenceClassification(BertConfig.from_dict(TINY), len(labels))
+    config = save_pretrained(net, tmp_path / "hf") / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"id2label": dict(enumerate(labels))} | more))
+    arguments = ["--model.weights", str(tmp_path / "hf"), "--trainer.max_steps", "1"]
+    if message is None:
+        assert run(tmp_path, "fit", folder, *arguments)
+        return
+    with pytest.raises(PretrainedMismatchError, match=message):
+        run(tmp_path, "fit", folder, *arguments)
 
 
 def pretrained(path, slope):
@@ -231,6 +251,11 @@ def test_a_sparse_pretraining_checkpoint_keeps_its_masks(folder, tmp_path, capsy
     for name in masks:
         assert torch.equal(state[name], saved[name]), name
     assert not torch.equal(state[masks[0].replace("indices", "values")], saved[masks[0].replace("indices", "values")])
+    # A run that is resumed after the file was removed ends as well.
+    file.unlink()
+    more = ["--ckpt_path", result["checkpoint"], "--trainer.max_steps", str(result["steps"] + 5)]
+    run(tmp_path / "runs", "fit", folder, *weights, *more)
+    assert f"{file} is not there any more: WHETHER THE MASKS" in capsys.readouterr().out
 
 
 def test_a_file_that_is_no_pretraining_checkpoint_is_refused(folder, tmp_path, fitted):

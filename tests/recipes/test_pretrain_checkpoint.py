@@ -10,6 +10,7 @@ from recipes.bert_large.pretrain_checkpoint import (
     check_masks,
     load_pretraining_checkpoint,
     read_pretraining_checkpoint,
+    say_masks_are_kept,
 )
 from recipes.bert_large.pretrain_module import BertPretraining
 from slope_pl import CheckpointError, SLoPeConfig, sparse_layers, sparsify
@@ -274,3 +275,19 @@ def test_moved_masks_are_named(tmp_path):
         check_masks(net, tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match="no sparse layer of the net is one of"):
         check_masks(qa(), tmp_path / "a.ckpt")
+
+
+def test_what_is_said_of_the_masks_at_the_end(tmp_path, capsys):
+    """A checkpoint that was removed while the run went on must not fail it when it is done; a dense one has no masks."""
+    net = save(tmp_path / "a.ckpt", SLoPeConfig()).net
+    say_masks_are_kept(net, tmp_path / "a.ckpt")
+    assert (
+        capsys.readouterr().out
+        == f"Masks of {len(sparse_layers(net))} layers are still those of {tmp_path / 'a.ckpt'}.\n"
+    )
+    save(tmp_path / "dense.ckpt", None)
+    say_masks_are_kept(net, tmp_path / "dense.ckpt")
+    assert capsys.readouterr().out == ""
+    (tmp_path / "a.ckpt").unlink()
+    say_masks_are_kept(net, tmp_path / "a.ckpt")
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'a.ckpt'} is not there any more: WHETHER THE MASKS")

@@ -107,7 +107,8 @@ def test_compare_reports_the_table_of_the_readme(monkeypatch, capsys):
     (line,) = [line for line in commands("python -m recipes.bert_large.compare") if "--report" in line]
     monkeypatch.chdir(ROOT)
     assert compare.main(shlex.split(line)[3:]) == 0
-    _, table = capsys.readouterr().out.strip().split("\n\n")
+    _, table, title, gains = capsys.readouterr().out.strip().split("\n\n")
+    assert f"{title}\n\n{gains}\n" in (ROOT / "recipes/bert_large/README.md").read_text()
     assert len(table.splitlines()) == 6
     assert table in (ROOT / "recipes/bert_large/README.md").read_text()
     for row in table.splitlines()[2:]:

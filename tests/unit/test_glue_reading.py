@@ -119,6 +119,15 @@ def test_hub(monkeypatch):
     assert asked == [("nyu-mll/glue", "mnli", "validation_mismatched")]
 
 
+def test_a_script_on_the_hub_is_no_data_set(monkeypatch):
+    def load(*args, **options):
+        raise RuntimeError("Dataset scripts are no longer supported, but found glue.py")
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(DataUnavailableError, match=r"cannot load data set 'my/.*found glue\.py"):
+        read_glue("my/glue", "cola")
+
+
 def test_unreachable_hub_says_what_to_do(monkeypatch):
     def load(*args, **options):
         raise ConnectionError("no network")

@@ -179,6 +179,15 @@ def test_hub_rows(monkeypatch):
         read_squad("squad", "dev")
 
 
+def test_a_script_on_the_hub_is_no_data_set(monkeypatch):
+    def load(*args, **options):
+        raise RuntimeError("Dataset scripts are no longer supported, but found glue.py")
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(DataUnavailableError, match=r"cannot load data set 'my/.*found glue\.py"):
+        read_squad("my/squad", "dev")
+
+
 def test_unreachable_hub_says_what_to_do(monkeypatch):
     def load_dataset(name, split):
         raise ConnectionError("Couldn't reach 'squad' on the Hub")

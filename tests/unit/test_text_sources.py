@@ -69,7 +69,7 @@ BAD = {
     "binary": (
         "a.txt",
         b"\x7fELF\x00\x01",
-        r"a\.txt: NUL character at position 4.*say separator='\\0' \(in YAML \"\\0\"\)",
+        r"a\.txt: NUL character at position 4.*say separator='\\0' \(in a config of YAML, \"\\0\"; no",
     ),
     "latin1": ("a.txt", "abc\0dé".encode("latin-1"), r"a\.txt: not UTF-8 at byte 5 of it.*Convert the file to UTF-8"),
     "cut": ("a.txt.xz", lzma.compress(b"abc" * 999)[:-30], r"a\.txt\.xz: the compressed file is damaged or cut off"),
@@ -176,6 +176,15 @@ def test_hub(hub):
     assert source.fingerprint() == {
         "kind": "hub", "id": "some/text", "subset": "en", "split": "train", "revision": "v1", "text_field": "text",
     }  # fmt: skip
+
+
+def test_a_script_on_the_hub_says_where_its_files_are(hub):
+    """Bookcorpus is one; datasets 4 and later run none."""
+    _, answer = hub
+    answer["rows"] = RuntimeError("Dataset scripts are no longer supported, but found bookcorpus.py")
+    message = r"'bookcorpus'.*found bookcorpus\.py.*revision='refs/convert/parquet'"
+    with pytest.raises(DataUnavailableError, match=message):
+        next(HubText("bookcorpus").documents())
 
 
 def test_hub_through_datasets_itself(hub, monkeypatch):
