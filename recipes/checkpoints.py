@@ -8,12 +8,13 @@ import slope_pl.checkpoint
 from slope_pl import CheckpointError
 
 
-def read_checkpoint(path: str | Path, what: str = "a checkpoint") -> dict[str, Any]:
+def read_checkpoint(path: str | Path, what: str = "a checkpoint", verify: bool = True) -> dict[str, Any]:
     """The content of a checkpoint of any kind, without the optimizer's; tensors of a file are read when they are used.
 
     Args:
         path: a file, or the folder that FSDP2 or DeepSpeed wrote.
         what: is expected, for messages.
+        verify: compare it with its checksums; False where its tensors are not used.
 
     Raises:
         CheckpointError: no such file, not a checkpoint, or a damaged one.
@@ -22,7 +23,7 @@ def read_checkpoint(path: str | Path, what: str = "a checkpoint") -> dict[str, A
     if not source.exists():
         raise CheckpointError(f"{source}: no such file (working directory: {Path.cwd()}); expected {what}")
     try:
-        return slope_pl.checkpoint.read_checkpoint(source, optimizer=False)
+        return slope_pl.checkpoint.read_checkpoint(source, optimizer=False, verify=verify)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; expected {what}") from error
 
@@ -38,7 +39,7 @@ def refuse_foreign(path: str | Path, known: Iterable[str], recipe: str) -> None:
     Raises:
         CheckpointError: some are of no setting; or see :func:`read_checkpoint`.
     """
-    saved = read_checkpoint(path, f"one of {recipe}").get("hyper_parameters") or {}
+    saved = read_checkpoint(path, f"one of {recipe}", verify=False).get("hyper_parameters") or {}
     unknown = sorted(key for key in saved if key not in known and not key.startswith("_"))
     if unknown:
         raise CheckpointError(

@@ -19,8 +19,8 @@ from recipes.launching import without_resume
 from recipes.results import RunTable
 from slope_pl import CheckpointError, ConfigError
 from slope_pl.checkpoint import load_module
+from slope_pl.checkpoint.whole import damage
 from slope_pl.lightning import StopOnSignal
-from slope_pl.lightning.resume import damage
 
 Own = dict[str, Callable[[list[str]], None]]
 _ALWAYS = (

@@ -26,7 +26,8 @@ from lightning.fabric.plugins.environments import (
 from torch.distributed import TCPStore
 
 from slope_pl import ConfigError
-from slope_pl.lightning.resume import damage
+from slope_pl.checkpoint.whole import damage
+from slope_pl.lightning.resume import newest_first
 
 CONFIG = "config.yaml"
 RESUMED_CONFIG = "config_resumed.yaml"
@@ -123,8 +124,7 @@ def _newest_first(folder: Path, trainer: Mapping[str, Any]) -> Iterator[tuple[Pa
             above = [parent for parent in path.parents if parent == root or root in parent.parents]
             home = next((parent for parent in above if (parent / CONFIG).is_file()), None)
             found[path] = (home, named)
-    newest = sorted(found.items(), key=lambda item: item[0].stat().st_mtime_ns, reverse=True)
-    yield from ((path, home, named) for path, (home, named) in newest)
+    yield from ((path, *found[path]) for path in newest_first(found))
 
 
 def _difference(config: Path, settings: Mapping[str, Any]) -> str | None:

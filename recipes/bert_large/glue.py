@@ -48,7 +48,7 @@ class GlueCLI(FineTuningCLI):
         section = self.config.get(self.config.get("subcommand") or "", {})
         path = section.get("ckpt_path")
         if path and Path(path).is_file():
-            saved = read_checkpoint(path).get("hyper_parameters", {})
+            saved = read_checkpoint(path, verify=False).get("hyper_parameters", {})
             _check_kind(saved, self._model_settings(), task=section["data"].task)
         super()._parse_ckpt_path()
 

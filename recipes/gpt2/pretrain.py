@@ -47,7 +47,7 @@ def generate(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--tokenizer", type=str | None, default=None, help="default: the one of the training")
     options = parser.parse_args(arguments)
-    known = read_checkpoint(options.ckpt_path, optimizer=False)[TOKENIZER_KEY]
+    known = read_checkpoint(options.ckpt_path, optimizer=False, verify=False)[TOKENIZER_KEY]
     tokenizer = load_bpe(options.tokenizer or known["source"], known["end_of_text"])
     module = load_module(GPT2Pretraining, options.ckpt_path).eval()
     module = module.to("cuda" if torch.cuda.is_available() else "cpu")

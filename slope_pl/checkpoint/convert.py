@@ -11,6 +11,7 @@ from slope_pl.checkpoint.mark import CHECKPOINT_KEY, check_mark
 from slope_pl.checkpoint.sharded import is_sharded_folder, read_sharded, write_sharded
 from slope_pl.checkpoint.trusted import load_trusted
 from slope_pl.checkpoint.weights import read_weights, write_weights
+from slope_pl.checkpoint.whole import damage
 from slope_pl.checkpoint.zero import is_zero_folder, read_zero
 from slope_pl.errors import CheckpointError
 
@@ -37,12 +38,13 @@ def checkpoint_kind(path: str | Path) -> str:
     raise CheckpointError(f"{source} {what}; expected {SOURCES} (working directory: {Path.cwd()})")
 
 
-def read_checkpoint(path: str | Path, optimizer: bool = True) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, optimizer: bool = True, verify: bool = True) -> dict[str, Any]:
     """Any checkpoint as the full one that a Trainer on a single device would have written. No pickled code is run.
 
     Args:
         path: see :func:`checkpoint_kind`. Tensors of a file are mapped, those of a folder are read.
         optimizer: whether to read the optimizer's state too.
+        verify: whether to compare all of it with its checksums first, for which it is read once more; safetensors has none.
 
     Returns:
         Lightning's mapping: ``state_dict``, ``optimizer_states``, ``loops``, ``callbacks`` and so on; of a safetensors file,
@@ -52,6 +54,8 @@ def read_checkpoint(path: str | Path, optimizer: bool = True) -> dict[str, Any]:
         CheckpointError: if it is missing, damaged, would run code, or a newer version of this package wrote it.
     """
     source, kind = Path(path).expanduser(), checkpoint_kind(path)
+    if verify and kind != "safetensors" and (reason := damage(source)) is not None:
+        raise CheckpointError(f"{source} is damaged or no checkpoint: {reason}. Take another one; expected {SOURCES}")
     if kind == "sharded":
         content = read_sharded(source, optimizer)
     elif kind == "deepspeed":

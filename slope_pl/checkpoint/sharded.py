@@ -75,6 +75,18 @@ def check_sharded(path: Path) -> None:
     load_trusted(path / _META)
 
 
+def stored_parts(path: Path) -> dict[Path, list[tuple[str, int, int]]]:
+    """What the index of a folder says of its shards: file -> name, offset and length in bytes of each piece in it.
+
+    Raises:
+        CheckpointError: if the index is damaged, or would call something.
+    """
+    parts: dict[Path, list[tuple[str, int, int]]] = {}
+    for where, info in load_index(path / _INDEX).storage_data.items():
+        parts.setdefault(path / info.relative_path, []).append((where.fqn, info.offset, info.length))
+    return {file: sorted(pieces, key=lambda piece: piece[1]) for file, pieces in parts.items()}
+
+
 def write_sharded(content: dict[str, Any], path: Path) -> None:
     """Write a full checkpoint as FSDP2's folder; a name without content until it is whole.
 

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from slope_pl.checkpoint.files import save_whole
+from slope_pl.checkpoint.whole import damage
 from slope_pl.errors import CheckpointError
-from slope_pl.lightning.resume import damage
 
 
 class LocalCheckpointIO(TorchCheckpointIO):

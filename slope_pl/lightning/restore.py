@@ -13,11 +13,11 @@ from torch import Tensor
 
 from slope_pl.checkpoint.convert import is_checkpoint
 from slope_pl.checkpoint.mark import CHECKPOINT_KEY, check_format
+from slope_pl.checkpoint.whole import damage
 from slope_pl.config import SLoPeConfig
 from slope_pl.errors import CheckpointError
 from slope_pl.lightning.checkpoint_io import LocalCheckpointIO
 from slope_pl.lightning.checks import check_config
-from slope_pl.lightning.resume import damage
 from slope_pl.nn import sparse_layers
 
 _SHOWN = 3

@@ -67,7 +67,7 @@ def resume_from_any(strategy: Any, zero: ZeroAdapters | None = None) -> None:
                 f"SLoPe: {path} is a {kind} checkpoint of another strategy or number of processes; every process reads all of "
                 "it. `python -m slope_pl.checkpoint convert` makes one file of it"
             )
-        return read_checkpoint(path)
+        return read_checkpoint(path, verify=False)  # RestoreGuard has, once for all ranks
 
     def load_model_state_dict(checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         if not foreign:

@@ -5,6 +5,7 @@ import functools
 import http.server
 import json
 import pickle
+import random
 import threading
 import zipfile
 
@@ -29,6 +30,7 @@ from slope_pl.checkpoint import (
 )
 from slope_pl.checkpoint.__main__ import main
 from slope_pl.checkpoint.mark import by_name, by_number
+from slope_pl.checkpoint.whole import damage
 from slope_pl.lightning import last_good_checkpoint, load_teacher, sparsify_faded
 from slope_pl.models import BertConfig, BertForQuestionAnswering
 from tests.lightning.toy import CONFIG, QUIET, Bomb, Net, Toy, assert_same, fixed_batch, make_trainer
@@ -75,6 +77,44 @@ def test_sharded_and_back_is_the_same_file(files, tmp_path, step):
     for key in ("state_dict", "optimizer_states"):
         assert_same(back.pop(key), want.pop(key))
     assert str(back) == str(want)
+
+
+def test_a_shard_of_which_a_bit_has_changed_is_found_or_means_nothing(files, tmp_path):
+    sharded = convert(files[14], tmp_path / "sharded.ckpt", to="sharded")
+    assert damage(sharded) is None
+    want, (shard,) = read_checkpoint(sharded), sharded.glob("*.distcp")
+    content, chance = shard.read_bytes(), random.Random(0)
+    found = 0
+    for _ in range(60):
+        place = chance.randrange(len(content))
+        shard.write_bytes(content[:place] + bytes([content[place] ^ (1 << chance.randrange(8))]) + content[place + 1 :])
+        if damage(sharded) is not None:
+            found += 1
+            with pytest.raises(CheckpointError, match="is damaged or no checkpoint: "):
+                read_checkpoint(sharded)
+            continue
+        own = read_checkpoint(sharded)  # between the archives' entries are bytes that mean nothing
+        for key in ("state_dict", "optimizer_states"):
+            assert_same(own[key], want[key])
+    assert found > 15
+    shard.write_bytes(content[: len(content) // 2])
+    assert f"{shard.name}: " in damage(sharded)
+    shard.unlink()
+    assert damage(sharded) == f"it has no {shard.name}, which its index names"
+
+
+def test_what_is_damaged_is_not_converted(files, tmp_path):
+    """A copy of it would have new checksums, and nobody could tell any more."""
+    file = tmp_path / "it.ckpt"
+    weight = torch.load(files[14], weights_only=True)["state_dict"]["net.first.weight"].numpy().tobytes()
+    content = bytearray(files[14].read_bytes())
+    content[content.index(weight) + 9] ^= 1
+    file.write_bytes(content)
+    torch.load(file, weights_only=True)  # without a word
+    for to in ("full", "sharded", "safetensors", "huggingface"):
+        with pytest.raises(CheckpointError, match=f"{file} is damaged or no checkpoint: the checksum of .* is wrong"):
+            convert(file, tmp_path / to, to=to, module=Module)
+    assert [path.name for path in tmp_path.iterdir()] == ["it.ckpt"]
 
 
 @STEPS

@@ -17,8 +17,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from slope_pl import CheckpointError, SLoPeCallback, SLoPeConfig
+from slope_pl.checkpoint.whole import damage
 from slope_pl.lightning import LocalCheckpointIO, last_good_checkpoint
-from slope_pl.lightning.resume import damage
 from tests.lightning.toy import QUIET, Toy, make_trainer
 
 pytestmark = QUIET
@@ -129,9 +129,18 @@ def test_a_sharded_checkpoint_without_its_end_is_not_whole(tmp_path):
     torch.save({}, folder / "meta.pt")
     assert "no .metadata" in damage(folder)
     (folder / ".metadata").write_bytes(b"x")
-    assert damage(folder) is None
+    assert ".metadata is damaged" in damage(folder)
     (folder / "meta.pt").write_bytes(b"cut")
     assert "meta.pt" in damage(folder)
+
+
+def test_a_link_whose_target_is_gone_is_named_and_left_out(tmp_path, caplog):
+    """As ``ModelCheckpoint(save_last="link")`` leaves one, if the run was killed between removing the old and linking."""
+    there = save(tmp_path, "a.ckpt", 1)
+    (tmp_path / "last.ckpt").symlink_to(tmp_path / "step=2.ckpt")
+    with caplog.at_level(logging.WARNING):
+        assert last_good_checkpoint(tmp_path) == there
+    assert f"a link to {tmp_path / 'step=2.ckpt'}, which is not there" in caplog.text
 
 
 def test_training_goes_on_from_what_is_found(tmp_path):
