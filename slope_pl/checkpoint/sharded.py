@@ -1,7 +1,5 @@
 """The folder that FSDP2 leaves: torch.distributed.checkpoint, with Lightning's ``meta.pt`` beside it."""
 
-import os
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
-from slope_pl.checkpoint.files import save_whole
+from slope_pl.checkpoint.files import appearing_whole, save_whole
 from slope_pl.checkpoint.mark import OPTIMIZERS_KEY, by_number, named_states
 from slope_pl.checkpoint.trusted import load_bytes, load_index, load_trusted
 from slope_pl.errors import CheckpointError
@@ -95,16 +93,12 @@ def write_sharded(content: dict[str, Any], path: Path) -> None:
     """
     state: dict[str, Any] = {"state_dict": dict(content["state_dict"])}
     state |= {f"optimizer_{i}": named for i, named in enumerate(named_states(content, path))}
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
+    with appearing_whole(path) as unfinished:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.save(state, checkpoint_id=unfinished, no_dist=True)
         rest = {key: value for key, value in content.items() if key not in ("state_dict", "optimizer_states")}
         save_whole(rest, unfinished / _META)
-        unfinished.rename(path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _checked(path: Path) -> tuple[Any, dict[str, Any]]:

@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from slope_pl import CheckpointError, SLoPeCallback, SLoPeConfig
+from slope_pl.checkpoint.files import appearing_whole
 from slope_pl.checkpoint.whole import damage
 from slope_pl.lightning import LocalCheckpointIO, last_good_checkpoint
 from tests.lightning.toy import QUIET, Toy, make_trainer
@@ -110,7 +111,7 @@ def test_a_full_disk_ends_the_run_and_costs_no_file(tmp_path, nearly_full):
     assert stop.value.errno == errno.EFBIG
     said = str(stop.value)
     assert f"{own / 'step=8.ckpt'} could not be written: File too large. It takes about 8" in said
-    assert int(re.search(r"([\d,]+) are free", said)[1].replace(",", "")) > 0
+    assert int(re.search(r"([\d,]+) bytes are free", said)[1].replace(",", "")) > 0
     assert [path.name for path in own.iterdir()] == ["step=4.ckpt"], "the one before is still there, nothing else is"
     again = make_trainer(tmp_path, SLoPeCallback(SLoPeConfig()), plugins=[LocalCheckpointIO()])
     again.fit(module := Toy(), ckpt_path=last_good_checkpoint(own))
@@ -153,13 +154,22 @@ def test_training_goes_on_from_what_is_found(tmp_path):
     assert len(module.losses) == 2
 
 
-@pytest.mark.parametrize("alive", [True, False])
-def test_leftovers_of_dead_processes_go_those_of_living_ones_stay(tmp_path, alive):
-    process = os.getppid() if alive else 2**22 + 7  # beyond what Linux gives
-    file = tmp_path / f".x.ckpt.{socket.gethostname()}.{process}.unfinished"
-    file.write_bytes(b"half")
+# Beyond what Linux gives; of somebody else; this process, in a container that was started anew with the same numbers.
+@pytest.mark.parametrize(("process", "stays"), [(2**22 + 7, False), (os.getppid(), True), (os.getpid(), False)])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_leftovers_of_dead_processes_go_those_of_living_ones_stay(tmp_path, process, stays, kind):
+    left = tmp_path / f".x.ckpt.{socket.gethostname()}.{process}.unfinished"
+    left.mkdir() if kind == "folder" else left.write_bytes(b"half")
     LocalCheckpointIO().save_checkpoint({}, tmp_path / "y.ckpt")
-    assert file.exists() == alive
+    assert left.exists() == stays
+
+
+def test_what_another_thread_is_writing_stays(tmp_path):
+    with appearing_whole(tmp_path / "x.ckpt") as unfinished:
+        unfinished.write_bytes(b"half")
+        LocalCheckpointIO().save_checkpoint({}, tmp_path / "y.ckpt")
+        assert unfinished.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.ckpt", "y.ckpt"]
 
 
 def test_a_folder_of_deepspeed_is_whole_once_it_says_so(tmp_path):
