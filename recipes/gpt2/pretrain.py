@@ -18,6 +18,7 @@ import torch
 from recipes.cli import RecipeCLI, checkpoint_parser, exporter, run_recipe
 from recipes.gpt2.module import METHODS, TOKENIZER_KEY, GPT2Pretraining
 from recipes.gpt2.sampling import continue_text
+from slope_pl import CheckpointError
 from slope_pl.checkpoint import load_module, read_checkpoint
 from slope_pl.data import TextDataModule, load_bpe
 
@@ -47,7 +48,9 @@ def generate(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--tokenizer", type=str | None, default=None, help="default: the one of the training")
     options = parser.parse_args(arguments)
-    known = read_checkpoint(options.ckpt_path, optimizer=False, verify=False)[TOKENIZER_KEY]
+    known = read_checkpoint(options.ckpt_path, optimizer=False, verify=False).get(TOKENIZER_KEY)
+    if known is None:
+        raise CheckpointError(f"{options.ckpt_path} names no tokenizer: give a checkpoint that {PROG} has written")
     tokenizer = load_bpe(options.tokenizer or known["source"], known["end_of_text"])
     module = load_module(GPT2Pretraining, options.ckpt_path).eval()
     module = module.to("cuda" if torch.cuda.is_available() else "cpu")

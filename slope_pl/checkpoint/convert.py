@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from slope_pl.checkpoint.files import save_whole
+from slope_pl.checkpoint.files import appearing_whole, save_whole
 from slope_pl.checkpoint.mark import CHECKPOINT_KEY, check_mark
 from slope_pl.checkpoint.sharded import is_sharded_folder, read_sharded, write_sharded
 from slope_pl.checkpoint.trusted import load_trusted
@@ -89,10 +89,15 @@ def convert(source: str | Path, target: str | Path, to: str = "full", module: An
 
     Raises:
         CheckpointError: see :func:`read_checkpoint`; or the target exists, or the source lacks what it needs.
+        OSError: if the target cannot be written, as on a full disk; nothing is left of it.
     """
     final = Path(target).expanduser()
     if to not in KINDS:
         raise CheckpointError(f"to={to!r}: expected one of {', '.join(KINDS)}")
+    if module is not None and to != "huggingface":
+        raise CheckpointError(
+            f"module={module.__name__} has no effect with to={to!r}: leave it out, or take 'huggingface'"
+        )
     if final.exists():
         raise CheckpointError(f"{final} exists already: remove it, or give another name")
     if to == "huggingface":
@@ -101,14 +106,14 @@ def convert(source: str | Path, target: str | Path, to: str = "full", module: An
                 f"to='huggingface' needs the class of a LightningModule with export(folder), got {module!r}: the "
                 "architecture is not in a checkpoint. The recipes' classes have it"
             )
-        load_module(module, source).export(str(final))
+        with appearing_whole(final) as unfinished:
+            load_module(module, source).export(str(unfinished))
         return final
     content = read_checkpoint(source, optimizer=to != "safetensors")
     if to == "safetensors":
         return write_weights(content["state_dict"], content.get(CHECKPOINT_KEY), final)
     if "loops" not in content:
         raise CheckpointError(f"{source} holds weights alone, no training can go on from it; convert it to huggingface")
-    final.parent.mkdir(parents=True, exist_ok=True)
     (save_whole if to == "full" else write_sharded)(content, final)
     return final
 
@@ -148,9 +153,18 @@ def load_module(module: Any, path: str | Path, **arguments: Any) -> Any:
         module: the LightningModule's class.
         path: see :func:`checkpoint_kind`.
         **arguments: in place of the checkpoint's hyperparameters.
+
+    Raises:
+        CheckpointError: see :func:`read_checkpoint`; or its hyperparameters are not this class's.
     """
     with as_full_file(path) as file:
-        return module.load_from_checkpoint(file, map_location="cpu", weights_only=True, **arguments)
+        try:
+            return module.load_from_checkpoint(file, map_location="cpu", weights_only=True, **arguments)
+        except TypeError as error:
+            raise CheckpointError(
+                f"{path} does not make a {module.__name__}: {error}. Give the class whose training wrote it, and what it does "
+                "not save as a hyperparameter"
+            ) from error
 
 
 def _listing(folder: Path) -> str:

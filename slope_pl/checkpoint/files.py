@@ -1,14 +1,17 @@
 """Files and folders that appear whole or not at all."""
 
 import os
+import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from torch.distributed.checkpoint import CheckpointException
 
 _writing: set[Path] = set()
 """What this process is in the middle of."""
@@ -22,23 +25,40 @@ def save_whole(content: Any, path: str | Path) -> None:
         path: of the file; folders are made. A process killed meanwhile leaves the previous file as it was.
 
     Raises:
-        OSError: if the disk is full or not writable; a file of that name is then still the old one.
+        OSError: if the disk is full or not writable, with the bytes that are needed and free; a file of that name is then
+            still the old one.
     """
-    with appearing_whole(path) as unfinished, unfinished.open("wb") as stream:
+    with appearing_whole(path, lambda: _bytes_of(content)) as unfinished, unfinished.open("wb") as stream:
         torch.save(content, stream)
         stream.flush()
         os.fsync(stream.fileno())
 
 
 @contextmanager
-def appearing_whole(path: str | Path) -> Iterator[Path]:
-    """A name to write a file or a folder under. It takes the final one at the end; after an error nothing is left of it."""
+def appearing_whole(path: str | Path, takes: Callable[[], int] | None = None) -> Iterator[Path]:
+    """A name to write a file or a folder under. It takes the final one at the end; after an error nothing is left of it.
+
+    Args:
+        path: the final one.
+        takes: how many bytes it will have, where that is known; asked for after an error.
+
+    Raises:
+        OSError: if the system refuses, see :func:`not_written`.
+    """
     final = Path(path)
-    unfinished = unfinished_beside(final)
+    try:
+        unfinished = unfinished_beside(final)
+    except OSError as error:
+        raise not_written(final, error) or error from error
     _writing.add(unfinished)
     try:
         yield unfinished
         put_in_place(unfinished, final)
+    except (Exception, CheckpointException) as error:
+        told = not_written(final, error, takes)
+        if told is None:
+            raise
+        raise told from error
     finally:
         remove(unfinished)
         _writing.discard(unfinished)
@@ -74,6 +94,62 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def not_written(final: Path, error: BaseException, takes: Callable[[], int] | None = None) -> OSError | None:
+    """The error of a save with what the user can do, or None if it was not the system that refused.
+
+    Args:
+        final: what was to be written.
+        error: that was raised.
+        takes: how many bytes that has, where it is known.
+    """
+    number, reason = _refusal(error)
+    if reason is None:
+        return None
+    needed = "" if takes is None else f"It takes about {takes():,} bytes. "
+    return OSError(
+        number,
+        f"{final} could not be written: {reason}. {needed}{_free_at(final)}What "
+        "was there before is whole: make room, or write elsewhere; a run goes on from its newest checkpoint (fit --resume "
+        "auto, or last_good_checkpoint)",
+    )
+
+
+def _free_at(path: Path) -> str:
+    there = next((folder for folder in path.parents if folder.is_dir()), None)
+    return "" if there is None else f"{shutil.disk_usage(there).free:,} bytes are free there. "
+
+
+def _refusal(error: BaseException | None) -> tuple[int | None, str | None]:
+    """What the system said: torch raises errors of its own over it ("unexpected pos 704 vs 598", one of several ranks')."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error.errno, error.strerror or str(error)
+        if isinstance(error, SafetensorError) and (code := re.search(r"os error (\d+)", str(error))):
+            return int(code[1]), os.strerror(int(code[1]))
+        if isinstance(error, CheckpointException):
+            found = (_refusal(of_rank) for of_rank, _ in error.failures.values())
+            return next((one for one in found if one[1] is not None), (None, None))
+        error = error.__cause__ or error.__context__
+    return None, None
+
+
+def _bytes_of(tree: Any) -> int:
+    """Of the tensors in it, one that occurs twice counted once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(tree)}
+    return sum(storages.values())
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from _tensors(value)
 
 
 def _remove_leftovers(folder: Path, host: str) -> None:

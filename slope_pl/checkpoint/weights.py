@@ -42,7 +42,10 @@ def write_weights(state: Mapping[str, Any], mark: Mapping[str, Any] | None, path
     # A copy of each: safetensors refuses tensors that are views into a common storage, or not contiguous.
     tensors = {k: t.detach().cpu().contiguous().clone() for k, t in state.items() if isinstance(t, Tensor)}
     with appearing_whole(final) as unfinished:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
         save_file(tensors, unfinished, metadata=metadata)
+        unfinished.chmod(mode)  # safetensors lets nobody but the owner read
     return final
 
 

@@ -1,15 +1,12 @@
 """Checkpoints written straight to disk, whole or not at all."""
 
 import errno
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from torch.distributed.checkpoint import CheckpointException
 
 from slope_pl.checkpoint.convert import is_checkpoint
 from slope_pl.checkpoint.files import save_whole
@@ -45,13 +42,7 @@ class LocalCheckpointIO(TorchCheckpointIO):
             return
         final = Path(path)
         refuse_other_folder(final)
-        try:
-            save_whole(dict(checkpoint), final)
-        except (OSError, RuntimeError) as error:
-            told = not_written(final, error, checkpoint)
-            if told is None:
-                raise
-            raise told from error
+        save_whole(dict(checkpoint), final)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read a checkpoint; arguments are those of Lightning's ``TorchCheckpointIO``.
@@ -75,50 +66,3 @@ def refuse_other_folder(final: Path) -> None:
             errno.EISDIR,
             f"{final} is a folder that holds {names}, and no checkpoint: it stays. Save under another name",
         )
-
-
-def not_written(final: Path, error: BaseException, checkpoint: Any = None) -> OSError | None:
-    """The error of a save, with what the user can do; None if it was not the system that refused.
-
-    Args:
-        final: what was to be written.
-        error: that was raised.
-        checkpoint: its content, where one process has all of it.
-    """
-    reason = _os_error(error)
-    if reason is None:
-        return None
-    takes = "" if checkpoint is None else f"It takes about {_bytes_of(checkpoint):,} bytes. "
-    return OSError(
-        reason.errno,
-        f"{final} could not be written: {reason.strerror or reason}. {takes}{shutil.disk_usage(final.parent).free:,} "
-        "bytes are free there. Checkpoints that were there are whole: make room, or write elsewhere, "
-        "and go on from the newest (fit --resume auto, or last_good_checkpoint)",
-    )
-
-
-def _os_error(error: BaseException | None) -> OSError | None:
-    """What the system said: torch raises errors of its own over it ("unexpected pos 704 vs 598", one of several ranks')."""
-    while error is not None and not isinstance(error, OSError):
-        if isinstance(error, CheckpointException):
-            found = (_os_error(of_rank) for of_rank, _ in error.failures.values())
-            return next((reason for reason in found if reason is not None), None)
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def _bytes_of(tree: Any) -> int:
-    """Of the tensors in it, one that occurs twice counted once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(tree)}
-    return sum(storages.values())
-
-
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from _tensors(value)
-    elif isinstance(tree, list | tuple):
-        for value in tree:
-            yield from _tensors(value)

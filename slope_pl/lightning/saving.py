@@ -11,8 +11,8 @@ from urllib.parse import urlparse
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch.distributed.checkpoint import CheckpointException
 
-from slope_pl.checkpoint.files import put_in_place, remove, unfinished_beside
-from slope_pl.lightning.checkpoint_io import not_written, refuse_other_folder
+from slope_pl.checkpoint.files import not_written, put_in_place, remove, unfinished_beside
+from slope_pl.lightning.checkpoint_io import refuse_other_folder
 
 
 def save_folders_whole(strategy: Any) -> None:

@@ -32,7 +32,7 @@ def test_a_full_disk_is_an_error_of_all_ranks_and_costs_nothing(ranks):
     for report in ranks:
         said, step, left = report["too_large"]
         assert "last.ckpt could not be written: File too large. " in said
-        assert "bytes are free there. Checkpoints that were there are whole" in said
+        assert "bytes are free there. What was there before is whole" in said
         assert said.startswith("OSError: ")
         assert step == 2
         assert left == ["last.ckpt"]
