@@ -43,7 +43,7 @@ class RestoreGuard:
     def _load(self, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         strategy, module = self._trainer.strategy, self._module
         # Rank 0 alone reads the file twice.
-        reason = strategy.broadcast(self._why_not(checkpoint_path) if strategy.is_global_zero else None)
+        reason = strategy.broadcast(self._look(checkpoint_path) if strategy.is_global_zero else None)
         if reason is not None:
             raise CheckpointError(reason)
         checkpoint = self._read(checkpoint_path, *args, **kwargs)
@@ -59,6 +59,13 @@ class RestoreGuard:
             check_layers(module, checkpoint)
             check_tensors(module, checkpoint.get("state_dict") or {}, module.strict_loading)
         return checkpoint
+
+    def _look(self, path: str | Path) -> str | None:
+        """:meth:`_why_not`, whatever happens: the other ranks wait for the answer."""
+        try:
+            return self._why_not(path)
+        except Exception as error:
+            return f"{path} cannot be read ({type(error).__name__}: {error}): it is damaged, or access to it is missing"
 
     def _why_not(self, path: str | Path) -> str | None:
         """Why a checkpoint is not to be read, or None."""

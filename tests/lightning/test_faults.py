@@ -15,11 +15,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from slope_pl import CheckpointError, SLoPeCallback, SLoPeConfig
 from slope_pl.checkpoint.files import appearing_whole
 from slope_pl.checkpoint.whole import damage
-from slope_pl.lightning import LocalCheckpointIO, last_good_checkpoint
+from slope_pl.lightning import LocalCheckpointIO, last_good_checkpoint, restore
 from tests.lightning.toy import QUIET, Toy, make_trainer
 
 pytestmark = QUIET
@@ -183,3 +184,22 @@ def test_a_folder_of_deepspeed_is_whole_once_it_says_so(tmp_path):
     assert damage(parts.parent) is None
     (parts / name).write_bytes((parts / name).read_bytes()[:-50])
     assert name in damage(parts.parent)
+    torch.save(said | {"ds_config": "stage 2"}, parts / "mp_rank_00_model_states.pt")
+    assert "does not say its stage of ZeRO" in damage(parts.parent)
+
+
+def test_what_rank_zero_alone_looks_at_is_an_error_of_all(tmp_path, monkeypatch):
+    """Not an exception there, for whose answer the others would wait."""
+    monkeypatch.setattr(restore, "why_unreadable", lambda *_: (tmp_path / "gone").read_bytes())
+    trainer = make_trainer(tmp_path, SLoPeCallback(SLoPeConfig()), max_steps=2)
+    trainer.fit(Toy())
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    again = make_trainer(tmp_path, SLoPeCallback(SLoPeConfig()), max_steps=3)
+    told = []
+    broadcast = SingleDeviceStrategy.broadcast
+    monkeypatch.setattr(
+        SingleDeviceStrategy, "broadcast", lambda self, obj, src=0: (told.append(obj), broadcast(self, obj, src))[1]
+    )
+    with pytest.raises(CheckpointError, match=r"two.ckpt cannot be read \(FileNotFoundError: "):
+        again.fit(Toy(), ckpt_path=tmp_path / "two.ckpt")
+    assert any("cannot be read" in str(one) for one in told)
