@@ -6,6 +6,7 @@ from typing import Any
 
 import slope_pl.checkpoint
 from slope_pl import CheckpointError
+from slope_pl.checkpoint import saved_settings
 
 
 def read_checkpoint(path: str | Path, what: str = "a checkpoint", verify: bool = True) -> dict[str, Any]:
@@ -32,14 +33,17 @@ def refuse_foreign(path: str | Path, known: Iterable[str], recipe: str) -> None:
     """Raise unless a checkpoint's saved settings are those of a recipe's module.
 
     Args:
-        path: the file.
+        path: a checkpoint of any kind.
         known: names of the module's settings.
         recipe: for the message.
 
     Raises:
-        CheckpointError: some are of no setting; or see :func:`read_checkpoint`.
+        CheckpointError: some are of no setting; or it cannot be read.
     """
-    saved = read_checkpoint(path, f"one of {recipe}", verify=False).get("hyper_parameters") or {}
+    try:
+        saved = saved_settings(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; expected a checkpoint of {recipe}") from error
     unknown = sorted(key for key in saved if key not in known and not key.startswith("_"))
     if unknown:
         raise CheckpointError(

@@ -17,9 +17,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from recipes.bert_large.finetuning_cli import FineTuningCLI, Outputs
 from recipes.bert_large.glue_module import BertGlue
-from recipes.checkpoints import read_checkpoint
 from recipes.cli import RecipeCLI, exporter, run_recipe
 from slope_pl import CheckpointError
+from slope_pl.checkpoint import saved_settings
 from slope_pl.data import GlueDataModule, GlueScores
 
 PROG = "python -m recipes.bert_large.glue"
@@ -47,9 +47,8 @@ class GlueCLI(FineTuningCLI):
         """Refuse a checkpoint of the other kind, or of another task, before its settings are taken over."""
         section = self.config.get(self.config.get("subcommand") or "", {})
         path = section.get("ckpt_path")
-        if path and Path(path).is_file():
-            saved = read_checkpoint(path, verify=False).get("hyper_parameters", {})
-            _check_kind(saved, self._model_settings(), task=section["data"].task)
+        if path and Path(path).exists():
+            _check_kind(saved_settings(path), self._model_settings(), task=section["data"].task)
         super()._parse_ckpt_path()
 
     def write_answers(self, sets: list[Outputs], folder: Path) -> None:

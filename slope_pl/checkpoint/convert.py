@@ -12,7 +12,7 @@ from slope_pl.checkpoint.sharded import is_sharded_folder, read_sharded, write_s
 from slope_pl.checkpoint.trusted import load_trusted
 from slope_pl.checkpoint.weights import read_weights, write_weights
 from slope_pl.checkpoint.whole import damage
-from slope_pl.checkpoint.zero import is_zero_folder, read_zero
+from slope_pl.checkpoint.zero import describe_zero, is_zero_folder, read_zero
 from slope_pl.errors import CheckpointError
 
 KINDS = ("full", "sharded", "safetensors", "huggingface")
@@ -71,6 +71,25 @@ def read_checkpoint(path: str | Path, optimizer: bool = True, verify: bool = Tru
     if not optimizer:
         content.pop("optimizer_states", None)
     return content
+
+
+def saved_settings(path: str | Path) -> dict[str, Any]:
+    """The hyperparameters in a checkpoint of any kind; its tensors are not read.
+
+    Raises:
+        CheckpointError: see :func:`read_checkpoint`.
+    """
+    source, kind = Path(path).expanduser(), checkpoint_kind(path)
+    if kind == "safetensors":
+        return {}
+    if kind == "deepspeed":
+        source = describe_zero(source).models[0]
+    content = load_trusted(source / "meta.pt" if kind == "sharded" else source)
+    if not isinstance(content, dict) or (kind == "full" and not isinstance(content.get("state_dict"), dict)):
+        raise CheckpointError(f"{source} holds no state_dict of a Lightning module; expected {SOURCES}")
+    check_mark(content)
+    found = content.get("hyper_parameters")
+    return dict(found) if isinstance(found, dict) else {}
 
 
 def convert(source: str | Path, target: str | Path, to: str = "full", module: Any = None) -> Path:

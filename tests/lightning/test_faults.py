@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from slope_pl import CheckpointError, SLoPeCallback, SLoPeConfig
+from slope_pl.checkpoint import saved_settings
 from slope_pl.checkpoint.files import appearing_whole
 from slope_pl.checkpoint.whole import damage
 from slope_pl.lightning import LocalCheckpointIO, last_good_checkpoint, restore
@@ -177,11 +178,12 @@ def test_a_folder_of_deepspeed_is_whole_once_it_says_so(tmp_path):
     parts = tmp_path / "step=3.ckpt" / "checkpoint"
     parts.mkdir(parents=True)
     for name in ("mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"):
-        said = {"ds_config": {"zero_optimization": {"stage": 2}}, "dp_world_size": 1}
+        said = {"ds_config": {"zero_optimization": {"stage": 2}}, "dp_world_size": 1, "hyper_parameters": {"rate": 1}}
         torch.save({"a": torch.ones(3), **said}, parts / name)
     assert "latest" in damage(parts.parent)
     (parts.parent / "latest").write_text("checkpoint")
     assert damage(parts.parent) is None
+    assert saved_settings(parts.parent) == {"rate": 1}
     (parts / name).write_bytes((parts / name).read_bytes()[:-50])
     assert name in damage(parts.parent)
     torch.save(said | {"ds_config": "stage 2"}, parts / "mp_rank_00_model_states.pt")
