@@ -79,6 +79,16 @@ def saved_settings(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: see :func:`read_checkpoint`.
     """
+    found = read_rest(path).get("hyper_parameters")
+    return dict(found) if isinstance(found, dict) else {}
+
+
+def read_rest(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint has beside weights and moments: settings, loops, callbacks; those of a file are in it, but not read.
+
+    Raises:
+        CheckpointError: see :func:`read_checkpoint`.
+    """
     source, kind = Path(path).expanduser(), checkpoint_kind(path)
     if kind == "safetensors":
         return {}
@@ -88,8 +98,7 @@ def saved_settings(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or (kind == "full" and not isinstance(content.get("state_dict"), dict)):
         raise CheckpointError(f"{source} holds no state_dict of a Lightning module; expected {SOURCES}")
     check_mark(content)
-    found = content.get("hyper_parameters")
-    return dict(found) if isinstance(found, dict) else {}
+    return content
 
 
 def convert(source: str | Path, target: str | Path, to: str = "full", module: Any = None) -> Path:

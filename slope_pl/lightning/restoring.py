@@ -21,6 +21,7 @@ from slope_pl.checkpoint.sharded import check_sharded
 from slope_pl.checkpoint.zero import check_zero, describe_zero
 from slope_pl.errors import CheckpointError
 from slope_pl.lightning.deepspeed import ZeroAdapters
+from slope_pl.lightning.restore import check_resumable
 from slope_pl.lightning.zero_restoring import restore_zero, trusted_engine
 
 
@@ -74,10 +75,8 @@ def resume_from_any(strategy: Any, zero: ZeroAdapters | None = None) -> None:
             load_model(strategy, checkpoint, strict)
             return
         fitting = strategy.lightning_module.trainer.state.fn == TrainerFn.FITTING
-        if fitting and "optimizer_states" not in checkpoint:
-            raise CheckpointError(
-                "the checkpoint holds weights alone (save_weights_only): training cannot go on from it, only begin with it"
-            )
+        if fitting:
+            check_resumable(checkpoint)
         if isinstance(strategy, DeepSpeedStrategy):
             restore_zero(strategy, checkpoint, strict, zero.groups if fitting and zero is not None else None)
         else:

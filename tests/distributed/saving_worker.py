@@ -121,6 +121,24 @@ def not_ours(folder):
     return said, sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
+def weights_alone(folder):
+    """What a fit says of checkpoints without the state of a run."""
+    folder.mkdir(exist_ok=True)
+    kinds = {
+        "fsdp2": SLoPeModelParallelStrategy,
+        "fsdp2, one file": lambda: SLoPeModelParallelStrategy(save_distributed_checkpoint=False),
+        "zero2": lambda: CPUZero(stage=2),
+    }
+    said = {}
+    for kind, make in kinds.items():
+        file = folder / f"{kind}.ckpt"
+        run(folder, make(), lambda trainer, file=file: trainer.save_checkpoint(file, weights_only=True))
+        for other, make_other in kinds.items():
+            trainer = make_trainer(folder, devices=2, strategy=make_other())
+            said[kind, other] = refused(lambda trainer=trainer, file=file: trainer.fit(Steady(2), ckpt_path=file))
+    return said
+
+
 def main(folder):
     warnings.simplefilter("ignore")
     reports = {}
@@ -132,6 +150,7 @@ def main(folder):
         "after_a_file": lambda: after_a_file(folder / "after_a_file"),
         "after_a_folder": lambda: after_a_folder(folder / "after_a_folder"),
         "too_large": lambda: too_large(folder / "too_large"),
+        "weights_alone": lambda: weights_alone(folder / "weights_alone"),
         "not_ours": lambda: not_ours(folder / "not_ours"),
     }
     for name, scenario in scenarios.items():

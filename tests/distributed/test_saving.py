@@ -43,3 +43,12 @@ def test_a_folder_that_is_no_checkpoint_stays(ranks):
         said, left = report["not_ours"]
         assert "last.ckpt is a folder that holds thesis.tex, and no checkpoint: it stays" in said
         assert left == ["last.ckpt", "last.ckpt/thesis.tex"]
+
+
+def test_no_run_goes_on_from_weights_alone(ranks):
+    """It would begin at step 0, without a word."""
+    for report in ranks:
+        assert len(report["weights_alone"]) == 9
+        for case, said in report["weights_alone"].items():
+            assert said.startswith("CheckpointError: "), (case, said)
+            assert "it holds weights alone (save_weights_only=True), or is damaged. Training cannot go on" in said, case
