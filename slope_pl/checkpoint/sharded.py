@@ -1,11 +1,14 @@
 """The folder that FSDP2 leaves: torch.distributed.checkpoint, with Lightning's ``meta.pt`` beside it."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
 from slope_pl.checkpoint.files import appearing_whole, save_whole
@@ -52,7 +55,8 @@ def read_sharded(path: Path, optimizer: bool = True) -> dict[str, Any]:
     tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in wanted.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is what no_dist asks for
-        dcp.load(tensors, storage_reader=_Reader(path, index), no_dist=True)
+        with readable(path):
+            dcp.load(tensors, storage_reader=_Reader(path, index), no_dist=True)
     tree: dict[str, Any] = {}
     for key, value in {**tensors, **plain}.items():
         _put(tree, _place(index, key), value)
@@ -65,6 +69,18 @@ def read_sharded(path: Path, optimizer: bool = True) -> dict[str, Any]:
         content["optimizer_states"] = [by_number(state) for state in states]
         content.setdefault(OPTIMIZERS_KEY, groups)
     return content
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raise a CheckpointError for what torch.distributed raises, which is no Exception and has the stacks of all ranks."""
+    try:
+        yield
+    except CheckpointException as error:
+        reason = next((str(of_rank).partition("\n")[0] for of_rank, _ in error.failures.values()), str(error))
+        raise CheckpointError(
+            f"{path} cannot be loaded: {reason.rstrip('.')}. It is damaged, or of another model or optimizer"
+        ) from error
 
 
 def check_sharded(path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from slope_pl.checkpoint.convert import checkpoint_kind, read_checkpoint
 from slope_pl.checkpoint.mark import OPTIMIZERS_KEY, by_name, name_groups
-from slope_pl.checkpoint.sharded import check_sharded
+from slope_pl.checkpoint.sharded import check_sharded, readable
 from slope_pl.checkpoint.zero import check_zero, describe_zero
 from slope_pl.errors import CheckpointError
 from slope_pl.lightning.deepspeed import ZeroAdapters
@@ -60,7 +60,8 @@ def resume_from_any(strategy: Any, zero: ZeroAdapters | None = None) -> None:
             foreign = kind != "sharded"
             if not foreign:
                 check_sharded(Path(path))
-                return load(strategy, path, weights_only)
+                with readable(Path(path)):
+                    return load(strategy, path, weights_only)
         elif kind == "full":
             return load(strategy, path, weights_only)
         if kind != "full":

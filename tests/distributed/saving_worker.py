@@ -139,6 +139,21 @@ def weights_alone(folder):
     return said
 
 
+class Larger(Steady):
+    """Its checkpoint's module has no such layer."""
+
+    def __init__(self):
+        super().__init__(2)
+        self.net.extra = torch.nn.Linear(4, 4)
+
+
+def another_model(folder):
+    folder.mkdir(exist_ok=True)
+    run(folder, SLoPeModelParallelStrategy())
+    trainer = make_trainer(folder, devices=2, strategy=SLoPeModelParallelStrategy())
+    return refused(lambda: trainer.fit(Larger(), ckpt_path=folder / "last.ckpt"))
+
+
 def main(folder):
     warnings.simplefilter("ignore")
     reports = {}
@@ -151,6 +166,7 @@ def main(folder):
         "after_a_folder": lambda: after_a_folder(folder / "after_a_folder"),
         "too_large": lambda: too_large(folder / "too_large"),
         "weights_alone": lambda: weights_alone(folder / "weights_alone"),
+        "another_model": lambda: another_model(folder / "another_model"),
         "not_ours": lambda: not_ours(folder / "not_ours"),
     }
     for name, scenario in scenarios.items():

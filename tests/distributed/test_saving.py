@@ -52,3 +52,11 @@ def test_no_run_goes_on_from_weights_alone(ranks):
         for case, said in report["weights_alone"].items():
             assert said.startswith("CheckpointError: "), (case, said)
             assert "it holds weights alone (save_weights_only=True), or is damaged. Training cannot go on" in said, case
+
+
+def test_a_folder_of_another_model_is_one_line_and_not_the_stacks_of_all_ranks(ranks):
+    for report in ranks:
+        said = report["another_model"]
+        assert said.startswith("CheckpointError: ")
+        assert "cannot be loaded: Missing key in checkpoint state_dict: state_dict.net.extra." in said
+        assert said.endswith("It is damaged, or of another model or optimizer")
