@@ -20,6 +20,7 @@ def save_folders_whole(strategy: Any) -> None:
 
     Args:
         strategy: the Trainer's; of FSDP2 and DeepSpeed, Lightning's or ours, ``save_checkpoint`` is replaced, on the instance.
+            Where DeepSpeed's ``use_node_local_storage`` gives each machine a folder of its own, its way is kept.
     """
     if not isinstance(strategy, DeepSpeedStrategy | ModelParallelStrategy):
         return
@@ -41,7 +42,7 @@ def save_folders_whole(strategy: Any) -> None:
 
     def save_checkpoint(checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         final = Path(strategy.broadcast(filepath))
-        elsewhere = storage_options is not None or bool(urlparse(str(filepath)).scheme)
+        elsewhere = storage_options is not None or bool(urlparse(str(filepath)).scheme) or _on_each_machine(strategy)
         if elsewhere or (in_one_file and not on_rank_zero(Path.is_dir, final)):
             save(strategy, checkpoint, filepath, storage_options)
             return
@@ -60,3 +61,8 @@ def save_folders_whole(strategy: Any) -> None:
         on_rank_zero(put_in_place, unfinished, final)
 
     strategy.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
+
+
+def _on_each_machine(strategy: Any) -> bool:
+    config = strategy.config if isinstance(strategy, DeepSpeedStrategy) else None
+    return isinstance(config, dict) and bool(config.get("checkpoint", {}).get("use_node_local_storage"))

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 
-from slope_pl import SLoPeCallback
+from slope_pl import SLoPeCallback, SLoPeDeepSpeedStrategy
 from slope_pl.checkpoint.files import put_in_place
 from slope_pl.lightning import LocalCheckpointIO, last_good_checkpoint
+from slope_pl.lightning.saving import save_folders_whole
 from tests.lightning.toy import CONFIG, QUIET, Toy, assert_same, make_trainer
 
 pytestmark = QUIET
@@ -86,3 +88,15 @@ def test_a_file_takes_the_place_of_a_folder_that_is_a_checkpoint(tmp_path):
     (tmp_path / "other" / "notes").mkdir(parents=True)
     with pytest.raises(IsADirectoryError, match="other is a folder that holds notes, and no checkpoint: it stays"):
         LocalCheckpointIO().save_checkpoint({"a": torch.ones(3)}, tmp_path / "other")
+
+
+def test_folders_on_each_machines_own_disk_are_left_to_deepspeed(tmp_path, monkeypatch):
+    """One rank could not rename those of the other machines."""
+    written = []
+    monkeypatch.setattr(DeepSpeedStrategy, "save_checkpoint", lambda self, content, path, options: written.append(path))
+    monkeypatch.setattr(DeepSpeedStrategy, "broadcast", lambda self, obj, src=0: obj)
+    own = {"zero_optimization": {"stage": 2}, "checkpoint": {"use_node_local_storage": True}}
+    strategy = SLoPeDeepSpeedStrategy(deepspeed_config=own)
+    save_folders_whole(strategy)
+    strategy.save_checkpoint({}, tmp_path / "last.ckpt")
+    assert written == [tmp_path / "last.ckpt"]
