@@ -3,12 +3,14 @@
 import inspect
 import json
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
+import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -19,9 +21,9 @@ from recipes.checkpoints import refuse_foreign
 from recipes.launching import without_resume
 from recipes.results import RunTable
 from slope_pl import CheckpointError, ConfigError
-from slope_pl.checkpoint import load_module
+from slope_pl.checkpoint import load_module, saved_settings
+from slope_pl.checkpoint.whole import damage
 from slope_pl.lightning import StopOnSignal
-from slope_pl.lightning.resume import damage
 
 Own = dict[str, Callable[[list[str]], None]]
 _ALWAYS = (
@@ -147,9 +149,12 @@ class RecipeCLI(LightningCLI):
         """Take the model's settings from the checkpoint, as Lightning does, but say where they replace the given ones."""
         given = self._model_settings()
         path = self.config.get(self.config.get("subcommand") or "", {}).get("ckpt_path")
-        if path and Path(path).is_file():  # a sharded one is a folder, which Lightning reads
+        if path and Path(path).exists():
             refuse_foreign(path, given, self.parser.prog)
-        super()._parse_ckpt_path()
+        if path and Path(path).is_dir():
+            self._parse_folder(path)
+        else:
+            super()._parse_ckpt_path()
         used = self._model_settings()
         if self.kind(given) != self.kind(used):
             raise CheckpointError(
@@ -158,6 +163,15 @@ class RecipeCLI(LightningCLI):
         for key in used:
             if key not in self.silent and used[key] != given.get(key):
                 print(f"From the checkpoint: model.{key} = {used[key]} (not {given.get(key)})", file=sys.stderr)
+
+    def _parse_folder(self, path: str) -> None:
+        """The same for what FSDP2 and DeepSpeed leave: Lightning takes settings from files alone."""
+        section = self.config[self.config["subcommand"]]
+        with tempfile.TemporaryDirectory() as folder:
+            section.ckpt_path = f"{folder}/settings.ckpt"
+            torch.save({"hyper_parameters": saved_settings(path)}, section.ckpt_path)
+            super()._parse_ckpt_path()
+        self.config[self.config["subcommand"]].ckpt_path = path
 
     def _model_settings(self) -> dict[str, Any]:
         section = self.config.get(self.config.get("subcommand") or "", {})

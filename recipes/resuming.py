@@ -25,8 +25,10 @@ from lightning.fabric.plugins.environments import (
 )
 from torch.distributed import TCPStore
 
-from slope_pl import ConfigError
-from slope_pl.lightning.resume import damage
+from slope_pl import CheckpointError, ConfigError
+from slope_pl.checkpoint.convert import read_rest
+from slope_pl.checkpoint.whole import damage
+from slope_pl.lightning.resume import newest_first
 
 CONFIG = "config.yaml"
 RESUMED_CONFIG = "config_resumed.yaml"
@@ -74,6 +76,8 @@ def choose(trainer: Mapping[str, Any], settings: Mapping[str, Any]) -> Choice:
             others.add(home)
         elif (reason := damage(path)) is not None:
             found.lines.append(f"--resume auto: {path} IS DAMAGED and left out: {reason}")
+        elif _holds_weights_alone(path):
+            found.lines.append(f"--resume auto: {path} holds weights alone (save_weights_only) and is left out")
         else:
             found.checkpoint = str(path)
             found.version = home.name if versioned and home is not None and home.parent == folder else None
@@ -123,8 +127,7 @@ def _newest_first(folder: Path, trainer: Mapping[str, Any]) -> Iterator[tuple[Pa
             above = [parent for parent in path.parents if parent == root or root in parent.parents]
             home = next((parent for parent in above if (parent / CONFIG).is_file()), None)
             found[path] = (home, named)
-    newest = sorted(found.items(), key=lambda item: item[0].stat().st_mtime_ns, reverse=True)
-    yield from ((path, home, named) for path, (home, named) in newest)
+    yield from ((path, *found[path]) for path in newest_first(found))
 
 
 def _difference(config: Path, settings: Mapping[str, Any]) -> str | None:
@@ -137,6 +140,13 @@ def _difference(config: Path, settings: Mapping[str, Any]) -> str | None:
         return None
     told = [f"{key} = {own.get(key)} there, {ours.get(key)} here" for key in keys[:_MOST_NAMED]]
     return "; ".join(told) + (f"; and {len(keys) - _MOST_NAMED} more" if len(keys) > _MOST_NAMED else "")
+
+
+def _holds_weights_alone(path: Path) -> bool:
+    try:
+        return "loops" not in read_rest(path)
+    except CheckpointError:  # of a newer version, say: chosen, so that it is an error and not an older one's turn
+        return False
 
 
 def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
-from recipes.bert_large.finetuning_cli import FineTuningCLI
+from recipes.bert_large.finetuning_cli import FineTuningCLI, Outputs
 from recipes.bert_large.glue_module import BertGlue
-from recipes.checkpoints import read_checkpoint
 from recipes.cli import RecipeCLI, exporter, run_recipe
 from slope_pl import CheckpointError
+from slope_pl.checkpoint import saved_settings
 from slope_pl.data import GlueDataModule, GlueScores
 
 PROG = "python -m recipes.bert_large.glue"
@@ -47,22 +47,16 @@ class GlueCLI(FineTuningCLI):
         """Refuse a checkpoint of the other kind, or of another task, before its settings are taken over."""
         section = self.config.get(self.config.get("subcommand") or "", {})
         path = section.get("ckpt_path")
-        if path and Path(path).is_file():
-            saved = read_checkpoint(path).get("hyper_parameters", {})
-            _check_kind(saved, self._model_settings(), task=section["data"].task)
+        if path and Path(path).exists():
+            _check_kind(saved_settings(path), self._model_settings(), task=section["data"].task)
         super()._parse_ckpt_path()
 
-    def after_predict(self) -> None:
-        """Write the answers as GLUE's server takes them: index and prediction, a file for each evaluation set."""
-        batches = self.trainer.predict_loop.predictions
-        sets = self.datamodule.dev_rows
-        by_split = [batches] if len(sets) == 1 else batches
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        for (split, rows), own in zip(sets.items(), by_split, strict=True):
+    def write_answers(self, sets: list[Outputs], folder: Path) -> None:
+        """As GLUE's server takes them: index and prediction, a file for each evaluation set."""
+        for (split, rows), own in zip(self.datamodule.dev_rows.items(), sets, strict=True):
             scores = GlueScores(self.model.task, torch.from_numpy(rows.labels))
             for batch in own:
-                scores.update(batch["row_index"].cpu(), batch["logits"].cpu())
+                scores.update(batch["row_index"], batch["logits"])
             file = folder / (
                 f"{self.model.info.folder}.tsv" if len(sets) == 1 else f"{self.model.info.folder}-{split}.tsv"
             )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from recipes.bert_large.finetuning_cli import FineTuningCLI
+from recipes.bert_large.finetuning_cli import FineTuningCLI, Outputs
 from recipes.bert_large.module import BertSquad
 from recipes.cli import RecipeCLI, exporter, run_recipe
 from slope_pl.data import SquadDataModule, decode_predictions, write_predictions
@@ -27,16 +27,15 @@ class SquadCLI(FineTuningCLI):
     stages = ("fit", "validate", "predict")
     advice = "use squad.yaml with sparse checkpoints and squad_dense.yaml with dense ones"
 
-    def after_predict(self) -> None:
-        """Write the answers in the format of SQuAD's evaluation script."""
+    def write_answers(self, sets: list[Outputs], folder: Path) -> None:
+        """In the format of SQuAD's evaluation script."""
         windows = self.datamodule.dev_windows
-        batches = self.trainer.predict_loop.predictions
+        (batches,) = sets
         index, start, end = (
             torch.cat([batch[key].float() if "logits" in key else batch[key] for batch in batches]).numpy()
             for key in ("window_index", "start_logits", "end_logits")
         )
-        file = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file = folder / "predictions.json"
         write_predictions(file, decode_predictions(windows, start, end, index))
         print(f"Answers: {file}")
 

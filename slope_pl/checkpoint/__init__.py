@@ -7,6 +7,7 @@ from slope_pl.checkpoint.convert import (
     is_checkpoint,
     load_module,
     read_checkpoint,
+    saved_settings,
 )
 from slope_pl.checkpoint.mark import CHECKPOINT_KEY, FORMAT_VERSION, OPTIMIZERS_KEY, check_format
 from slope_pl.checkpoint.weights import load_weights, save_weights, weights_config
@@ -24,5 +25,6 @@ __all__ = [
     "load_weights",
     "read_checkpoint",
     "save_weights",
+    "saved_settings",
     "weights_config",
 ]

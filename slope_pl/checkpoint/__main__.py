@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         kind = checkpoint_kind(given.source)
         target = convert(given.source, given.target, given.to, given.module)
-    except SLoPeError as error:
+    except (SLoPeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{target}: {given.to}, from {kind} {given.source}")

@@ -6,12 +6,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from slope_pl.checkpoint.files import save_whole
+from slope_pl.checkpoint.files import appearing_whole, save_whole
 from slope_pl.checkpoint.mark import CHECKPOINT_KEY, check_mark
 from slope_pl.checkpoint.sharded import is_sharded_folder, read_sharded, write_sharded
 from slope_pl.checkpoint.trusted import load_trusted
 from slope_pl.checkpoint.weights import read_weights, write_weights
-from slope_pl.checkpoint.zero import is_zero_folder, read_zero
+from slope_pl.checkpoint.whole import damage
+from slope_pl.checkpoint.zero import describe_zero, is_zero_folder, read_zero
 from slope_pl.errors import CheckpointError
 
 KINDS = ("full", "sharded", "safetensors", "huggingface")
@@ -37,12 +38,13 @@ def checkpoint_kind(path: str | Path) -> str:
     raise CheckpointError(f"{source} {what}; expected {SOURCES} (working directory: {Path.cwd()})")
 
 
-def read_checkpoint(path: str | Path, optimizer: bool = True) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, optimizer: bool = True, verify: bool = True) -> dict[str, Any]:
     """Any checkpoint as the full one that a Trainer on a single device would have written. No pickled code is run.
 
     Args:
         path: see :func:`checkpoint_kind`. Tensors of a file are mapped, those of a folder are read.
         optimizer: whether to read the optimizer's state too.
+        verify: whether to compare all of it with its checksums first, for which it is read once more; safetensors has none.
 
     Returns:
         Lightning's mapping: ``state_dict``, ``optimizer_states``, ``loops``, ``callbacks`` and so on; of a safetensors file,
@@ -52,6 +54,8 @@ def read_checkpoint(path: str | Path, optimizer: bool = True) -> dict[str, Any]:
         CheckpointError: if it is missing, damaged, would run code, or a newer version of this package wrote it.
     """
     source, kind = Path(path).expanduser(), checkpoint_kind(path)
+    if verify and kind != "safetensors" and (reason := damage(source)) is not None:
+        raise CheckpointError(f"{source} is damaged or no checkpoint: {reason}. Take another one; expected {SOURCES}")
     if kind == "sharded":
         content = read_sharded(source, optimizer)
     elif kind == "deepspeed":
@@ -66,6 +70,34 @@ def read_checkpoint(path: str | Path, optimizer: bool = True) -> dict[str, Any]:
     check_mark(content)
     if not optimizer:
         content.pop("optimizer_states", None)
+    return content
+
+
+def saved_settings(path: str | Path) -> dict[str, Any]:
+    """The hyperparameters in a checkpoint of any kind; its tensors are not read.
+
+    Raises:
+        CheckpointError: see :func:`read_checkpoint`.
+    """
+    found = read_rest(path).get("hyper_parameters")
+    return dict(found) if isinstance(found, dict) else {}
+
+
+def read_rest(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint has beside weights and moments: settings, loops, callbacks; those of a file are in it, but not read.
+
+    Raises:
+        CheckpointError: see :func:`read_checkpoint`.
+    """
+    source, kind = Path(path).expanduser(), checkpoint_kind(path)
+    if kind == "safetensors":
+        return {}
+    if kind == "deepspeed":
+        source = describe_zero(source).models[0]
+    content = load_trusted(source / "meta.pt" if kind == "sharded" else source)
+    if not isinstance(content, dict) or (kind == "full" and not isinstance(content.get("state_dict"), dict)):
+        raise CheckpointError(f"{source} holds no state_dict of a Lightning module; expected {SOURCES}")
+    check_mark(content)
     return content
 
 
@@ -85,10 +117,15 @@ def convert(source: str | Path, target: str | Path, to: str = "full", module: An
 
     Raises:
         CheckpointError: see :func:`read_checkpoint`; or the target exists, or the source lacks what it needs.
+        OSError: if the target cannot be written, as on a full disk; nothing is left of it.
     """
     final = Path(target).expanduser()
     if to not in KINDS:
         raise CheckpointError(f"to={to!r}: expected one of {', '.join(KINDS)}")
+    if module is not None and to != "huggingface":
+        raise CheckpointError(
+            f"module={module.__name__} has no effect with to={to!r}: leave it out, or take 'huggingface'"
+        )
     if final.exists():
         raise CheckpointError(f"{final} exists already: remove it, or give another name")
     if to == "huggingface":
@@ -97,14 +134,14 @@ def convert(source: str | Path, target: str | Path, to: str = "full", module: An
                 f"to='huggingface' needs the class of a LightningModule with export(folder), got {module!r}: the "
                 "architecture is not in a checkpoint. The recipes' classes have it"
             )
-        load_module(module, source).export(str(final))
+        with appearing_whole(final) as unfinished:
+            load_module(module, source).export(str(unfinished))
         return final
     content = read_checkpoint(source, optimizer=to != "safetensors")
     if to == "safetensors":
         return write_weights(content["state_dict"], content.get(CHECKPOINT_KEY), final)
     if "loops" not in content:
         raise CheckpointError(f"{source} holds weights alone, no training can go on from it; convert it to huggingface")
-    final.parent.mkdir(parents=True, exist_ok=True)
     (save_whole if to == "full" else write_sharded)(content, final)
     return final
 
@@ -144,9 +181,18 @@ def load_module(module: Any, path: str | Path, **arguments: Any) -> Any:
         module: the LightningModule's class.
         path: see :func:`checkpoint_kind`.
         **arguments: in place of the checkpoint's hyperparameters.
+
+    Raises:
+        CheckpointError: see :func:`read_checkpoint`; or its hyperparameters are not this class's.
     """
     with as_full_file(path) as file:
-        return module.load_from_checkpoint(file, map_location="cpu", weights_only=True, **arguments)
+        try:
+            return module.load_from_checkpoint(file, map_location="cpu", weights_only=True, **arguments)
+        except TypeError as error:
+            raise CheckpointError(
+                f"{path} does not make a {module.__name__}: {error}. Give the class whose training wrote it, and what it does "
+                "not save as a hyperparameter"
+            ) from error
 
 
 def _listing(folder: Path) -> str:

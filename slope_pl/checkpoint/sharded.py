@@ -1,16 +1,17 @@
 """The folder that FSDP2 leaves: torch.distributed.checkpoint, with Lightning's ``meta.pt`` beside it."""
 
-import os
-import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
-from slope_pl.checkpoint.files import save_whole
+from slope_pl.checkpoint.files import appearing_whole, save_whole
 from slope_pl.checkpoint.mark import OPTIMIZERS_KEY, by_number, named_states
 from slope_pl.checkpoint.trusted import load_bytes, load_index, load_trusted
 from slope_pl.errors import CheckpointError
@@ -54,7 +55,8 @@ def read_sharded(path: Path, optimizer: bool = True) -> dict[str, Any]:
     tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in wanted.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is what no_dist asks for
-        dcp.load(tensors, storage_reader=_Reader(path, index), no_dist=True)
+        with readable(path):
+            dcp.load(tensors, storage_reader=_Reader(path, index), no_dist=True)
     tree: dict[str, Any] = {}
     for key, value in {**tensors, **plain}.items():
         _put(tree, _place(index, key), value)
@@ -69,10 +71,34 @@ def read_sharded(path: Path, optimizer: bool = True) -> dict[str, Any]:
     return content
 
 
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raise a CheckpointError for what torch.distributed raises, which is no Exception and has the stacks of all ranks."""
+    try:
+        yield
+    except CheckpointException as error:
+        reason = next((str(of_rank).partition("\n")[0] for of_rank, _ in error.failures.values()), str(error))
+        raise CheckpointError(
+            f"{path} cannot be loaded: {reason.rstrip('.')}. It is damaged, or of another model or optimizer"
+        ) from error
+
+
 def check_sharded(path: Path) -> None:
     """Raise a CheckpointError if torch, which unpickles the folder's index and some entries, would call something."""
     _checked(path)
     load_trusted(path / _META)
+
+
+def stored_parts(path: Path) -> dict[Path, list[tuple[str, int, int]]]:
+    """What the index of a folder says of its shards: file -> name, offset and length in bytes of each piece in it.
+
+    Raises:
+        CheckpointError: if the index is damaged, or would call something.
+    """
+    parts: dict[Path, list[tuple[str, int, int]]] = {}
+    for where, info in load_index(path / _INDEX).storage_data.items():
+        parts.setdefault(path / info.relative_path, []).append((where.fqn, info.offset, info.length))
+    return {file: sorted(pieces, key=lambda piece: piece[1]) for file, pieces in parts.items()}
 
 
 def write_sharded(content: dict[str, Any], path: Path) -> None:
@@ -83,16 +109,12 @@ def write_sharded(content: dict[str, Any], path: Path) -> None:
     """
     state: dict[str, Any] = {"state_dict": dict(content["state_dict"])}
     state |= {f"optimizer_{i}": named for i, named in enumerate(named_states(content, path))}
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
+    with appearing_whole(path) as unfinished:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.save(state, checkpoint_id=unfinished, no_dist=True)
         rest = {key: value for key, value in content.items() if key not in ("state_dict", "optimizer_states")}
         save_whole(rest, unfinished / _META)
-        unfinished.rename(path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _checked(path: Path) -> tuple[Any, dict[str, Any]]:

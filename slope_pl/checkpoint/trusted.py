@@ -8,11 +8,12 @@ import io
 import pickle
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 from slope_pl.errors import CheckpointError
 
@@ -86,9 +87,12 @@ def load_index(path: str | Path) -> Any:
     """
     try:
         with Path(path).open("rb") as stream:
-            return _IndexUnpickler(stream).load()
+            index = _IndexUnpickler(stream).load()
     except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, ValueError) as error:
         raise CheckpointError(_refusal(path, error)) from error
+    if not isinstance(index, Metadata) or not isinstance(index.storage_data, Mapping):
+        raise CheckpointError(f"{path} is damaged: a {type(index).__name__} is in place of a checkpoint's index")
+    return index
 
 
 class _IndexUnpickler(pickle.Unpickler):

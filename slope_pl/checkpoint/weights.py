@@ -1,7 +1,6 @@
 """Weights alone as safetensors: half-size values, indices, adapters, and the config; no pickle in it."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from slope_pl.checkpoint.files import appearing_whole
 from slope_pl.checkpoint.mark import CHECKPOINT_KEY, FORMAT_VERSION, check_format
 from slope_pl.config import SLoPeConfig
 from slope_pl.errors import CheckpointError
@@ -36,18 +36,16 @@ def save_weights(model: nn.Module, path: str | Path) -> Path:
 def write_weights(state: Mapping[str, Any], mark: Mapping[str, Any] | None, path: str | Path) -> Path:
     """Write a state dict; ``mark`` is what a checkpoint of this package has under its key, None of a dense one."""
     final = Path(path)
-    final.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt"}
     if mark is not None:
         metadata[CHECKPOINT_KEY] = json.dumps({key: mark[key] for key in ("format", "version", "config", "layers")})
     # A copy of each: safetensors refuses tensors that are views into a common storage, or not contiguous.
     tensors = {k: t.detach().cpu().contiguous().clone() for k, t in state.items() if isinstance(t, Tensor)}
-    unfinished = final.with_name(f".{final.name}.{os.getpid()}.unfinished")
-    try:
+    with appearing_whole(final) as unfinished:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
         save_file(tensors, unfinished, metadata=metadata)
-        unfinished.replace(final)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        unfinished.chmod(mode)  # safetensors lets nobody but the owner read
     return final
 
 

@@ -77,9 +77,15 @@ def describe_zero(path: Path) -> ZeroFolder:
     if not models:
         raise CheckpointError(f"{path} has no model states: expected the folder that a DeepSpeedStrategy wrote")
     model = load_trusted(models[0])
-    stage = int(model.get("ds_config", {}).get("zero_optimization", {}).get("stage", 0))
-    world_size = int(model.get("dp_world_size", 0))
-    if model.get("mp_world_size", 1) != 1 or stage == 0:
+    try:
+        stage = int(model.get("ds_config", {}).get("zero_optimization", {}).get("stage", 0))
+        world_size = int(model.get("dp_world_size", 0))
+        whole = model.get("mp_world_size", 1) == 1
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{models[0]} does not say its stage of ZeRO and its number of processes as DeepSpeed does ({error}): it is damaged"
+        ) from error
+    if not whole or stage == 0:
         raise CheckpointError(f"{path} is of ZeRO stage {stage} or of model parallelism: expected ZeRO 1, 2 or 3")
     if len(optimizers) != world_size or len(models) != (world_size if stage == 3 else 1):
         raise CheckpointError(

@@ -235,5 +235,7 @@ class GlueDataModule(LoaderModule):
         ]
 
     def predict_dataloader(self) -> list[DataLoader[Batch]]:
-        """The same as for validation."""
-        return self.val_dataloader()
+        """The same sets as for validation; over several ranks the first few rows occur twice."""
+        return [
+            self._equal_parts(RowDataset(rows, self.pad_to), self.eval_batch_size) for rows in self.dev_rows.values()
+        ]

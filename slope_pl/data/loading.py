@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from slope_pl.data.signals import outlive_signals
 
@@ -156,6 +156,15 @@ class LoaderModule(pl.LightningDataModule):
             "generator": torch.Generator(),
             "worker_init_fn": outlive_signals,  # and not Lightning's, which seeds: nothing in a worker is drawn
         }
+
+    def _equal_parts(self, dataset: Dataset[Batch], batch_size: int) -> DataLoader[Batch]:
+        """The items in order, dealt out to the ranks, the first few twice where needed.
+
+        For ``predict``: Lightning deals them out once each, and a rank that has one batch less waits for the others under
+        FSDP2 and ZeRO-3, who wait for its part of the weights.
+        """
+        sampler: DistributedSampler[int] = DistributedSampler(dataset, **self._ranks, shuffle=False)
+        return DataLoader(dataset, batch_size=batch_size, sampler=sampler, **self._loader_options())
 
 
 def subset(examples: list[T], most: int | None, seed: int) -> list[T]:

@@ -29,6 +29,7 @@ from slope_pl.lightning.deepspeed import ZeroAdapters, build_whole
 from slope_pl.lightning.optimizers import optimizer_notes
 from slope_pl.lightning.restore import RestoreGuard, check_counters, check_mark, check_phase
 from slope_pl.lightning.restoring import record_optimizers, resume_from_any
+from slope_pl.lightning.saving import save_folders_whole
 from slope_pl.lightning.schedule import adapter_start_step, has_time_limit, planned_steps
 from slope_pl.nn import (
     SparseLinear,
@@ -89,6 +90,7 @@ class SLoPeCallback(pl.Callback):
         if isinstance(trainer.strategy, DeepSpeedStrategy) and stage == "fit":
             self._zero = ZeroAdapters(trainer.strategy)
         resume_from_any(trainer.strategy, self._zero)
+        save_folders_whole(trainer.strategy)
         if self.config is None:
             self.config = as_config(getattr(pl_module, "slope_config", None)) or SLoPeConfig()
         self._guard = RestoreGuard(trainer, pl_module, self.config)

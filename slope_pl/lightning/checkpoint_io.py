@@ -1,17 +1,17 @@
 """Checkpoints written straight to disk, whole or not at all."""
 
-import shutil
-from collections.abc import Iterator, Mapping
+import errno
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from slope_pl.checkpoint.convert import is_checkpoint
 from slope_pl.checkpoint.files import save_whole
+from slope_pl.checkpoint.whole import damage
 from slope_pl.errors import CheckpointError
-from slope_pl.lightning.resume import damage
 
 
 class LocalCheckpointIO(TorchCheckpointIO):
@@ -41,18 +41,8 @@ class LocalCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(dict(checkpoint), path, storage_options)
             return
         final = Path(path)
-        try:
-            save_whole(dict(checkpoint), final)
-        except (OSError, RuntimeError) as error:
-            reason = _os_error(error)
-            if reason is None:
-                raise
-            raise OSError(
-                reason.errno,
-                f"{final} could not be written: {reason.strerror or reason}. It takes about {_bytes_of(checkpoint):,} bytes, "
-                f"{shutil.disk_usage(final.parent).free:,} are free there. Checkpoints that were there are whole: make "
-                "room, or write elsewhere, and go on from the newest (fit --resume auto, or last_good_checkpoint)",
-            ) from error
+        refuse_other_folder(final)
+        save_whole(dict(checkpoint), final)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read a checkpoint; arguments are those of Lightning's ``TorchCheckpointIO``.
@@ -68,25 +58,11 @@ class LocalCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, *args, **kwargs)
 
 
-def _os_error(error: BaseException | None) -> OSError | None:
-    """What the system said: torch raises an error of its own over it ("unexpected pos 704 vs 598")."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def _bytes_of(tree: Any) -> int:
-    """Of the tensors in it, one that occurs twice counted once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(tree)}
-    return sum(storages.values())
-
-
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from _tensors(value)
-    elif isinstance(tree, list | tuple):
-        for value in tree:
-            yield from _tensors(value)
+def refuse_other_folder(final: Path) -> None:
+    """Raise an OSError if a checkpoint would take the place of a folder that is none."""
+    if final.is_dir() and any(final.iterdir()) and not is_checkpoint(final):
+        names = ", ".join(sorted(entry.name for entry in final.iterdir())[:3])
+        raise IsADirectoryError(
+            errno.EISDIR,
+            f"{final} is a folder that holds {names}, and no checkpoint: it stays. Save under another name",
+        )

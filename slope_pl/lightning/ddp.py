@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.nn.parallel import DistributedDataParallel
 
 from slope_pl.nn import SparseLinear
@@ -11,8 +12,17 @@ from slope_pl.nn import SparseLinear
 def rebuild_ddp(strategy: Any) -> None:
     """Wrap the model anew: a reducer made while parameters were frozen ignores them, and ranks drift apart unseen."""
     if isinstance(strategy.model, DistributedDataParallel):
+        _begin_anew(strategy._ddp_comm_state)
         strategy.model = strategy.lightning_module
         strategy.configure_ddp()
+
+
+def _begin_anew(state: Any) -> None:
+    """PowerSGD keeps an error and two factors for each of DDP's buckets, which are others now; it begins after its steps."""
+    if isinstance(state, PowerSGDState):
+        for kept in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
+            kept.clear()
+        state.iter = 0
 
 
 def keep_masks_at_home(strategy: Any, layers: Iterable[SparseLinear]) -> None:

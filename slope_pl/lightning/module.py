@@ -17,6 +17,7 @@ from slope_pl.lightning.deepspeed import build_whole, gather_by_blocks
 from slope_pl.lightning.restore import check_content, check_layers, check_tensors, explain, why_unreadable
 from slope_pl.lightning.restoring import record_optimizers
 from slope_pl.lightning.rng import KeepRandomState, keeps_random_state
+from slope_pl.lightning.saving import save_folders_whole
 from slope_pl.lightning.sharding import shard
 from slope_pl.nn import sparse_layers, was_densified
 
@@ -55,6 +56,7 @@ class SLoPeLightningModule(pl.LightningModule):
     def configure_callbacks(self) -> list[pl.Callback]:
         """A :class:`SLoPeCallback` for this module's config, unless the Trainer has one; a dense run resumes as exactly."""
         build_whole(self.trainer.strategy)
+        save_folders_whole(self.trainer.strategy)
         given = super().configure_callbacks()
         callbacks = [given] if isinstance(given, pl.Callback) else list(given)
         present = any(isinstance(callback, SLoPeCallback) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]

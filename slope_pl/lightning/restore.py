@@ -11,16 +11,17 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from slope_pl.checkpoint.convert import is_checkpoint
+from slope_pl.checkpoint.convert import is_checkpoint, read_rest
 from slope_pl.checkpoint.mark import CHECKPOINT_KEY, check_format
+from slope_pl.checkpoint.whole import damage
 from slope_pl.config import SLoPeConfig
 from slope_pl.errors import CheckpointError
 from slope_pl.lightning.checkpoint_io import LocalCheckpointIO
 from slope_pl.lightning.checks import check_config
-from slope_pl.lightning.resume import damage
 from slope_pl.nn import sparse_layers
 
 _SHOWN = 3
+_OF_A_RUN = ("optimizer_states", "lr_schedulers", "loops", "callbacks")
 
 
 class RestoreGuard:
@@ -43,7 +44,7 @@ class RestoreGuard:
     def _load(self, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         strategy, module = self._trainer.strategy, self._module
         # Rank 0 alone reads the file twice.
-        reason = strategy.broadcast(self._why_not(checkpoint_path) if strategy.is_global_zero else None)
+        reason = strategy.broadcast(self._look(checkpoint_path) if strategy.is_global_zero else None)
         if reason is not None:
             raise CheckpointError(reason)
         checkpoint = self._read(checkpoint_path, *args, **kwargs)
@@ -60,10 +61,22 @@ class RestoreGuard:
             check_tensors(module, checkpoint.get("state_dict") or {}, module.strict_loading)
         return checkpoint
 
+    def _look(self, path: str | Path) -> str | None:
+        """:meth:`_why_not`, whatever happens: the other ranks wait for the answer."""
+        try:
+            return self._why_not(path)
+        except Exception as error:
+            return f"{path} cannot be read ({type(error).__name__}: {error}): it is damaged, or access to it is missing"
+
     def _why_not(self, path: str | Path) -> str | None:
         """Why a checkpoint is not to be read, or None."""
-        strategy = self._trainer.strategy
+        strategy, fitting = self._trainer.strategy, self._trainer.state.fn == TrainerFn.FITTING
         reason = why_unreadable(path, strategy)
+        if reason is None and fitting and Path(path).is_dir() and is_checkpoint(path):
+            try:
+                check_resumable(read_rest(path), sharded=True)
+            except CheckpointError as error:
+                return f"{path}: {error}"
         if reason is not None or not (isinstance(strategy, ModelParallelStrategy) and Path(path).is_file()):
             return reason
         # FSDP2 copies the tensors of one file into the model as it reads them: names and shapes are looked at before.
@@ -73,6 +86,8 @@ class RestoreGuard:
             return None
         try:
             check_content(content, whole=True)
+            if fitting:
+                check_resumable(content)
             if not _changes_checkpoints(self._module):
                 check_tensors(self._module, content["state_dict"], self._module.strict_loading)
         except CheckpointError as error:
@@ -149,9 +164,15 @@ def check_content(checkpoint: Any, whole: bool) -> None:
         check_mark(mark)
 
 
-def check_resumable(checkpoint: Mapping[str, Any]) -> None:
-    """Raise a CheckpointError unless training can go on from a checkpoint: from weights alone it would begin at step 0."""
-    lost = [key for key in ("optimizer_states", "lr_schedulers", "loops", "callbacks") if key not in checkpoint]
+def check_resumable(checkpoint: Mapping[str, Any], sharded: bool = False) -> None:
+    """Raise a CheckpointError unless training can go on from a checkpoint: from weights alone it would begin at step 0.
+
+    Args:
+        checkpoint: what Lightning saved.
+        sharded: whether its tensors, and so the optimizer's states, are elsewhere.
+    """
+    wanted = ("lr_schedulers", "loops", "callbacks") if sharded else _OF_A_RUN
+    lost = [key for key in wanted if key not in checkpoint]
     if lost:
         raise CheckpointError(
             f"the checkpoint has no {', '.join(lost)}: it holds weights alone (save_weights_only=True), or is damaged. "

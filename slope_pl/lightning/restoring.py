@@ -17,10 +17,11 @@ from torch import nn
 
 from slope_pl.checkpoint.convert import checkpoint_kind, read_checkpoint
 from slope_pl.checkpoint.mark import OPTIMIZERS_KEY, by_name, name_groups
-from slope_pl.checkpoint.sharded import check_sharded
+from slope_pl.checkpoint.sharded import check_sharded, readable
 from slope_pl.checkpoint.zero import check_zero, describe_zero
 from slope_pl.errors import CheckpointError
 from slope_pl.lightning.deepspeed import ZeroAdapters
+from slope_pl.lightning.restore import check_resumable
 from slope_pl.lightning.zero_restoring import restore_zero, trusted_engine
 
 
@@ -59,7 +60,8 @@ def resume_from_any(strategy: Any, zero: ZeroAdapters | None = None) -> None:
             foreign = kind != "sharded"
             if not foreign:
                 check_sharded(Path(path))
-                return load(strategy, path, weights_only)
+                with readable(Path(path)):
+                    return load(strategy, path, weights_only)
         elif kind == "full":
             return load(strategy, path, weights_only)
         if kind != "full":
@@ -67,17 +69,15 @@ def resume_from_any(strategy: Any, zero: ZeroAdapters | None = None) -> None:
                 f"SLoPe: {path} is a {kind} checkpoint of another strategy or number of processes; every process reads all of "
                 "it. `python -m slope_pl.checkpoint convert` makes one file of it"
             )
-        return read_checkpoint(path)
+        return read_checkpoint(path, verify=False)  # RestoreGuard has, once for all ranks
 
     def load_model_state_dict(checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         if not foreign:
             load_model(strategy, checkpoint, strict)
             return
         fitting = strategy.lightning_module.trainer.state.fn == TrainerFn.FITTING
-        if fitting and "optimizer_states" not in checkpoint:
-            raise CheckpointError(
-                "the checkpoint holds weights alone (save_weights_only): training cannot go on from it, only begin with it"
-            )
+        if fitting:
+            check_resumable(checkpoint)
         if isinstance(strategy, DeepSpeedStrategy):
             restore_zero(strategy, checkpoint, strict, zero.groups if fitting and zero is not None else None)
         else:

@@ -1,48 +1,27 @@
-"""Going on after a crash: the newest checkpoint of a folder that is whole, and the data's place in its epoch.
-
-A checkpoint file is a zip archive, and every tensor in it has a checksum that ``torch.load`` does not look at. A damaged file
-that loads is worse than one that does not; here all of it is read and compared.
-"""
+"""Going on after a crash: the newest checkpoint of a folder that is whole, and the data's place in its epoch."""
 
 import logging
-import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import lightning.pytorch as pl
 
-from slope_pl.checkpoint.zero import describe_zero, is_zero_folder
-from slope_pl.errors import CheckpointError
+from slope_pl.checkpoint.whole import damage
 
 log = logging.getLogger(__name__)
 
-# What is written last into a folder: Lightning's of FSDP2, DeepSpeed's.
-_SHARDED_MARK, _ZERO_MARK = ("meta.pt", ".metadata"), "latest"
 
-
-def damage(path: Path) -> str | None:
-    """Why a checkpoint is not whole, or None.
-
-    Args:
-        path: a file; or the folder of a sharded checkpoint (FSDP2's, DeepSpeed's), whose parts are looked at one by one.
-    """
-    if path.is_dir():
-        missing = [name for name in _SHARDED_MARK if not (path / name).exists()]
-        if is_zero_folder(path):
-            missing = [] if (path / _ZERO_MARK).is_file() else [_ZERO_MARK]
+def newest_first(paths: Iterable[Path]) -> list[Path]:
+    """Files and folders by their time, without those that are gone meanwhile; of a link to nothing, the link's counts."""
+    times = {}
+    for path in paths:
+        for follow in (True, False):
             try:
-                describe_zero(path)
-            except CheckpointError as error:
-                return str(error)
-        if missing:
-            return f"it has no {missing[0]}: its save was not finished"
-        files = [file for file in sorted(path.rglob("*.pt")) if file.is_file()]
-        return next((f"{file.name}: {reason}" for file in files if (reason := damage(file))), None)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:
-        return str(error)
-    return None if broken is None else f"the checksum of {broken} is wrong"
+                times[path] = path.stat(follow_symlinks=follow).st_mtime_ns
+                break
+            except FileNotFoundError:
+                continue
+    return sorted(times, key=times.__getitem__, reverse=True)
 
 
 def last_good_checkpoint(folder: str | Path, pattern: str = "**/*.ckpt") -> Path | None:
@@ -57,8 +36,7 @@ def last_good_checkpoint(folder: str | Path, pattern: str = "**/*.ckpt") -> Path
     Returns:
         its path, or None if there is none: training then begins anew.
     """
-    candidates = sorted(Path(folder).glob(pattern), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    for path in candidates:
+    for path in newest_first(Path(folder).glob(pattern)):
         reason = damage(path)
         if reason is None:
             log.info("going on from %s", path)

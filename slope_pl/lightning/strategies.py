@@ -1,7 +1,8 @@
 """SLoPeStrategy: sparse training by the name of a strategy. The behaviour itself lives in callback and module."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +19,9 @@ from slope_pl.config import SLoPeConfig, as_config
 from slope_pl.errors import ConfigError
 from slope_pl.lightning.callback import SLoPeCallback
 from slope_pl.lightning.module import SLoPeLightningModule
+
+# Of each config for DeepSpeed one at least.
+_OF_DEEPSPEED = {"zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu", "optimizer", "fp16", "bf16"}
 
 
 class SLoPeStrategy:
@@ -139,7 +143,33 @@ class SLoPeDeepSpeedStrategy(SLoPeStrategy, DeepSpeedStrategy):
 
     The module's ``configure_optimizers`` puts adapters (parameters with ``adapter_`` in their name) into groups of their own;
     what decay these have takes effect when the adapters wake.
+
+    Args:
+        *args: of the strategy.
+        config: of the sparse method, as under the other strategies.
+        deepspeed_config: DeepSpeed's own, a mapping or the path of a JSON file, in place of the settings that Lightning makes
+            one of (``stage``, ``offload_optimizer`` and so on). Lightning's strategy calls it ``config``.
+        **kwargs: of the strategy.
+
+    Raises:
+        ConfigError: if DeepSpeed's config is given as ``config``.
     """
+
+    def __init__(
+        self,
+        *args: Any,
+        config: SLoPeConfig | None = None,
+        deepspeed_config: str | Path | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(config, str | Path) or (isinstance(config, Mapping) and _OF_DEEPSPEED & config.keys()):
+            raise ConfigError(
+                f"config={config!r} is DeepSpeed's: give it as deepspeed_config. config is that of the sparse method "
+                "(SLoPeConfig), as under the other strategies"
+            )
+        super().__init__(*args, config=config, **kwargs)
+        if deepspeed_config is not None:
+            self.config = self._load_config(deepspeed_config)
 
 
 def register(name: str, strategy: type[Any], **settings: Any) -> None:

@@ -158,7 +158,10 @@ def replacing(target: Path) -> Iterator[Path]:
     """Yield a temporary path that becomes ``target`` when the block ends well and vanishes when it does not."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors lets nobody but the owner read
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

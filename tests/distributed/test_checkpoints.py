@@ -9,8 +9,8 @@ from slope_pl import CheckpointError
 from slope_pl.checkpoint import convert, read_checkpoint
 from slope_pl.checkpoint.mark import named_states
 from slope_pl.checkpoint.trusted import load_trusted
+from slope_pl.checkpoint.whole import damage
 from slope_pl.checkpoint.zero import describe_zero
-from slope_pl.lightning.resume import damage
 from tests.distributed.checkpoint_worker import single, stretch
 from tests.distributed.processes import report_of
 from tests.lightning.toy import QUIET, assert_same

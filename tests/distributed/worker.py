@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
 from slope_pl import SLoPeCallback, SLoPeConfig, SLoPeDDPStrategy, ops
 from tests.lightning.toy import CONFIG, WIDTH, Net, Toy, hf_bert, hf_gpt2, make_trainer, snapshot
@@ -115,6 +116,17 @@ class Intruder(pl.Callback):
             rows[0].copy_(next(row for row in rows[1:] if not torch.equal(row, rows[0])))
 
 
+class Compressed(DDPStrategy):
+    """Lightning registers communication hooks on GPUs alone; this one runs anywhere."""
+
+    def _register_ddp_hooks(self):
+        self.model.register_comm_hook(self._ddp_comm_state, self._ddp_comm_hook)
+
+
+def power_sgd():
+    return PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=3, min_compression_rate=0.5)
+
+
 def count_operands(folder):
     """Forward operands made in 6 steps of 4 micro-batches, in a precision where they are copies."""
     made, reference = [], ops.get_backend("reference")
@@ -143,6 +155,7 @@ OTHERS = {
     "bf16_clip": lambda f: train(f, precision="bf16-mixed", gradient_clip_val=0.1),
     "hf_bert": lambda f: train(f, module=Toy(hf_bert())),
     "hf_gpt2": lambda f: train(f, module=Toy(hf_gpt2()), strategy="slope_ddp"),
+    "power_sgd": lambda f: train(f, strategy=Compressed(ddp_comm_state=power_sgd(), ddp_comm_hook=powerSGD_hook)),
     "ema": lambda f: train(f, EMAWeightAveraging(decay=0.9)),
 }
 # Masks that differ: re-setups are at 5, 10 and 15, the wake is at 12.

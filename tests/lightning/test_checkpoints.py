@@ -5,6 +5,9 @@ import functools
 import http.server
 import json
 import pickle
+import random
+import re
+import resource
 import threading
 import zipfile
 
@@ -29,8 +32,9 @@ from slope_pl.checkpoint import (
 )
 from slope_pl.checkpoint.__main__ import main
 from slope_pl.checkpoint.mark import by_name, by_number
+from slope_pl.checkpoint.whole import damage
 from slope_pl.lightning import last_good_checkpoint, load_teacher, sparsify_faded
-from slope_pl.models import BertConfig, BertForQuestionAnswering
+from slope_pl.models import BertConfig, BertForQuestionAnswering, save_pretrained
 from tests.lightning.toy import CONFIG, QUIET, Bomb, Net, Toy, assert_same, fixed_batch, make_trainer
 
 pytestmark = QUIET
@@ -75,6 +79,44 @@ def test_sharded_and_back_is_the_same_file(files, tmp_path, step):
     for key in ("state_dict", "optimizer_states"):
         assert_same(back.pop(key), want.pop(key))
     assert str(back) == str(want)
+
+
+def test_a_shard_of_which_a_bit_has_changed_is_found_or_means_nothing(files, tmp_path):
+    sharded = convert(files[14], tmp_path / "sharded.ckpt", to="sharded")
+    assert damage(sharded) is None
+    want, (shard,) = read_checkpoint(sharded), sharded.glob("*.distcp")
+    content, chance = shard.read_bytes(), random.Random(0)
+    found = 0
+    for _ in range(60):
+        place = chance.randrange(len(content))
+        shard.write_bytes(content[:place] + bytes([content[place] ^ (1 << chance.randrange(8))]) + content[place + 1 :])
+        if damage(sharded) is not None:
+            found += 1
+            with pytest.raises(CheckpointError, match="is damaged or no checkpoint: "):
+                read_checkpoint(sharded)
+            continue
+        own = read_checkpoint(sharded)  # between the archives' entries are bytes that mean nothing
+        for key in ("state_dict", "optimizer_states"):
+            assert_same(own[key], want[key])
+    assert found > 15
+    shard.write_bytes(content[: len(content) // 2])
+    assert f"{shard.name}: " in damage(sharded)
+    shard.unlink()
+    assert damage(sharded) == f"it has no {shard.name}, which its index names"
+
+
+def test_what_is_damaged_is_not_converted(files, tmp_path):
+    """A copy of it would have new checksums, and nobody could tell any more."""
+    file = tmp_path / "it.ckpt"
+    weight = torch.load(files[14], weights_only=True)["state_dict"]["net.first.weight"].numpy().tobytes()
+    content = bytearray(files[14].read_bytes())
+    content[content.index(weight) + 9] ^= 1
+    file.write_bytes(content)
+    torch.load(file, weights_only=True)  # without a word
+    for to in ("full", "sharded", "safetensors", "huggingface"):
+        with pytest.raises(CheckpointError, match=f"{file} is damaged or no checkpoint: the checksum of .* is wrong"):
+            convert(file, tmp_path / to, to=to, module=Module if to == "huggingface" else None)
+    assert [path.name for path in tmp_path.iterdir()] == ["it.ckpt"]
 
 
 @STEPS
@@ -169,6 +211,49 @@ def test_the_command(files, tmp_path, capsys):
         main([*arguments, "tests.nowhere.Module"])
     assert "expected for example recipes.gpt2.module.GPT2Pretraining" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "sharded.ckpt"], "nothing is left of what failed"
+
+
+@pytest.mark.parametrize("to", ["full", "sharded", "safetensors", "huggingface"])
+def test_the_command_says_that_the_disk_is_full_and_leaves_nothing(files, tmp_path, capsys, to):
+    module = ["--module", f"{Module.__module__}.Module"] if to == "huggingface" else []
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, before[1]))
+    try:
+        assert main(["convert", str(files[8]), str(tmp_path / "it"), "--to", to, *module]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err
+    assert re.search(
+        rf"^error: .*{tmp_path / 'it'}.* could not be written: File too large\. .* bytes are free there", said
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_refuses_a_class_that_has_no_use_or_is_another_recipes(files, tmp_path, capsys):
+    arguments = ["convert", str(files[8]), str(tmp_path / "it"), "--module", "recipes.gpt2.module.GPT2Pretraining"]
+    assert main(arguments) == 1
+    assert "module=GPT2Pretraining has no effect with to='full': leave it out" in capsys.readouterr().err
+    assert main([*arguments, "--to", "huggingface"]) == 1
+    assert f"{files[8]} does not make a GPT2Pretraining: " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_generate_refuses_a_checkpoint_of_something_else(files):
+    with pytest.raises(
+        CheckpointError,
+        match=f"{files[8]} names no tokenizer: give a checkpoint that .*gpt2.pretrain",
+    ):
+        pretrain.main(["generate", "--ckpt_path", str(files[8])])
+
+
+def test_what_is_exported_may_be_read_by_who_may_read_other_files(files, tmp_path):
+    """Safetensors lets nobody but the owner read."""
+    (plain := tmp_path / "plain").touch()
+    path = convert(files[8], tmp_path / "weights.safetensors", to="safetensors")
+    assert path.stat().st_mode == plain.stat().st_mode
+    config = BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    for file in save_pretrained(BertForQuestionAnswering(config), tmp_path / "hf").iterdir():
+        assert file.stat().st_mode == plain.stat().st_mode
 
 
 def test_a_file_without_names_is_resumed_but_not_sharded(files, tmp_path):

@@ -15,10 +15,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from slope_pl import CheckpointError, SLoPeCallback, SLoPeConfig
-from slope_pl.lightning import LocalCheckpointIO, last_good_checkpoint
-from slope_pl.lightning.resume import damage
+from slope_pl.checkpoint import saved_settings
+from slope_pl.checkpoint.files import appearing_whole
+from slope_pl.checkpoint.whole import damage
+from slope_pl.lightning import LocalCheckpointIO, last_good_checkpoint, restore
 from tests.lightning.toy import QUIET, Toy, make_trainer
 
 pytestmark = QUIET
@@ -110,7 +113,7 @@ def test_a_full_disk_ends_the_run_and_costs_no_file(tmp_path, nearly_full):
     assert stop.value.errno == errno.EFBIG
     said = str(stop.value)
     assert f"{own / 'step=8.ckpt'} could not be written: File too large. It takes about 8" in said
-    assert int(re.search(r"([\d,]+) are free", said)[1].replace(",", "")) > 0
+    assert int(re.search(r"([\d,]+) bytes are free", said)[1].replace(",", "")) > 0
     assert [path.name for path in own.iterdir()] == ["step=4.ckpt"], "the one before is still there, nothing else is"
     again = make_trainer(tmp_path, SLoPeCallback(SLoPeConfig()), plugins=[LocalCheckpointIO()])
     again.fit(module := Toy(), ckpt_path=last_good_checkpoint(own))
@@ -129,9 +132,18 @@ def test_a_sharded_checkpoint_without_its_end_is_not_whole(tmp_path):
     torch.save({}, folder / "meta.pt")
     assert "no .metadata" in damage(folder)
     (folder / ".metadata").write_bytes(b"x")
-    assert damage(folder) is None
+    assert ".metadata is damaged" in damage(folder)
     (folder / "meta.pt").write_bytes(b"cut")
     assert "meta.pt" in damage(folder)
+
+
+def test_a_link_whose_target_is_gone_is_named_and_left_out(tmp_path, caplog):
+    """As ``ModelCheckpoint(save_last="link")`` leaves one, if the run was killed between removing the old and linking."""
+    there = save(tmp_path, "a.ckpt", 1)
+    (tmp_path / "last.ckpt").symlink_to(tmp_path / "step=2.ckpt")
+    with caplog.at_level(logging.WARNING):
+        assert last_good_checkpoint(tmp_path) == there
+    assert f"a link to {tmp_path / 'step=2.ckpt'}, which is not there" in caplog.text
 
 
 def test_training_goes_on_from_what_is_found(tmp_path):
@@ -144,23 +156,52 @@ def test_training_goes_on_from_what_is_found(tmp_path):
     assert len(module.losses) == 2
 
 
-@pytest.mark.parametrize("alive", [True, False])
-def test_leftovers_of_dead_processes_go_those_of_living_ones_stay(tmp_path, alive):
-    process = os.getppid() if alive else 2**22 + 7  # beyond what Linux gives
-    file = tmp_path / f".x.ckpt.{socket.gethostname()}.{process}.unfinished"
-    file.write_bytes(b"half")
+# Beyond what Linux gives; of somebody else; this process, in a container that was started anew with the same numbers.
+@pytest.mark.parametrize(("process", "stays"), [(2**22 + 7, False), (os.getppid(), True), (os.getpid(), False)])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_leftovers_of_dead_processes_go_those_of_living_ones_stay(tmp_path, process, stays, kind):
+    left = tmp_path / f".x.ckpt.{socket.gethostname()}.{process}.unfinished"
+    left.mkdir() if kind == "folder" else left.write_bytes(b"half")
     LocalCheckpointIO().save_checkpoint({}, tmp_path / "y.ckpt")
-    assert file.exists() == alive
+    assert left.exists() == stays
+
+
+def test_what_another_thread_is_writing_stays(tmp_path):
+    with appearing_whole(tmp_path / "x.ckpt") as unfinished:
+        unfinished.write_bytes(b"half")
+        LocalCheckpointIO().save_checkpoint({}, tmp_path / "y.ckpt")
+        assert unfinished.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.ckpt", "y.ckpt"]
 
 
 def test_a_folder_of_deepspeed_is_whole_once_it_says_so(tmp_path):
     parts = tmp_path / "step=3.ckpt" / "checkpoint"
     parts.mkdir(parents=True)
     for name in ("mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"):
-        said = {"ds_config": {"zero_optimization": {"stage": 2}}, "dp_world_size": 1}
+        said = {"ds_config": {"zero_optimization": {"stage": 2}}, "dp_world_size": 1, "hyper_parameters": {"rate": 1}}
         torch.save({"a": torch.ones(3), **said}, parts / name)
     assert "latest" in damage(parts.parent)
     (parts.parent / "latest").write_text("checkpoint")
     assert damage(parts.parent) is None
+    assert saved_settings(parts.parent) == {"rate": 1}
     (parts / name).write_bytes((parts / name).read_bytes()[:-50])
     assert name in damage(parts.parent)
+    torch.save(said | {"ds_config": "stage 2"}, parts / "mp_rank_00_model_states.pt")
+    assert "does not say its stage of ZeRO" in damage(parts.parent)
+
+
+def test_what_rank_zero_alone_looks_at_is_an_error_of_all(tmp_path, monkeypatch):
+    """Not an exception there, for whose answer the others would wait."""
+    monkeypatch.setattr(restore, "why_unreadable", lambda *_: (tmp_path / "gone").read_bytes())
+    trainer = make_trainer(tmp_path, SLoPeCallback(SLoPeConfig()), max_steps=2)
+    trainer.fit(Toy())
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    again = make_trainer(tmp_path, SLoPeCallback(SLoPeConfig()), max_steps=3)
+    told = []
+    broadcast = SingleDeviceStrategy.broadcast
+    monkeypatch.setattr(
+        SingleDeviceStrategy, "broadcast", lambda self, obj, src=0: (told.append(obj), broadcast(self, obj, src))[1]
+    )
+    with pytest.raises(CheckpointError, match=r"two.ckpt cannot be read \(FileNotFoundError: "):
+        again.fit(Toy(), ckpt_path=tmp_path / "two.ckpt")
+    assert any("cannot be read" in str(one) for one in told)

@@ -1,11 +1,13 @@
 """Callback, strategies and module are one behaviour: the same run, bit for bit, however it is asked for."""
 
+import json
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.compile import from_compiled
 from torch import nn
@@ -289,3 +291,33 @@ def test_zero_3_leaves_torchs_linear_to_what_is_compiled(monkeypatch, way):
     monkeypatch.setattr(deepspeed, "_LOSES_GRADIENTS", False)
     deepspeed.keep_torchs_linear(strategy, module)
     assert strategy.config["zero_optimization"]["memory_efficient_linear"] is True
+
+
+def test_deepspeeds_own_config_has_a_name_of_its_own(tmp_path):
+    own = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}, "train_micro_batch_size_per_gpu": 2}
+    (file := tmp_path / "ds.json").write_text(json.dumps(own))
+    for given in (own, file, str(file)):
+        strategy = SLoPeDeepSpeedStrategy(config={"backward_refresh_steps": 7}, deepspeed_config=given)
+        assert strategy.config == own
+        assert strategy.zero_stage_3
+        assert strategy.slope_config == SLoPeConfig(backward_refresh_steps=7)
+        check_strategy(strategy)
+        with pytest.raises(ConfigError, match="is DeepSpeed's: give it as deepspeed_config"):
+            SLoPeDeepSpeedStrategy(config=given)
+
+
+@pytest.mark.filterwarnings("ignore:.*args parameter is intended to run from within Python:UserWarning")
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+def test_offload_passes_through_yaml(tmp_path):
+    """As a recipe's config gives it: Lightning's settings, and those of the sparse method beside them."""
+    (tmp_path / "it.yaml").write_text(
+        "trainer:\n  accelerator: cpu\n  strategy:\n    class_path: slope_pl.SLoPeDeepSpeedStrategy\n    init_args:\n"
+        "      stage: 3\n      offload_optimizer: true\n      offload_parameters: true\n"
+        "      config:\n        backward_refresh_steps: 7\n"
+    )
+    arguments = ["--config", str(tmp_path / "it.yaml")]
+    cli = LightningCLI(Toy, run=False, args=arguments, save_config_callback=None, seed_everything_default=0)
+    strategy = cli.trainer.strategy
+    zero = strategy.config["zero_optimization"]
+    assert (zero["stage"], zero["offload_optimizer"]["device"], zero["offload_param"]["device"]) == (3, "cpu", "cpu")
+    assert strategy.slope_config == SLoPeConfig(backward_refresh_steps=7)

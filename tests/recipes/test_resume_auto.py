@@ -116,7 +116,7 @@ def run_of(folder: Path, *files: str, learning_rate=0.1) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"state_dict": {}}, folder / name)
+        torch.save({"state_dict": {}} | ({} if "weights" in name else {"loops": {}}), folder / name)
     settings = {"model": {"learning_rate": learning_rate}, "data": {}, "seed_everything": 1, "trainer": {"devices": 1}}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
 
@@ -127,6 +127,27 @@ def logger(save_dir, **settings):
 
 
 SETTINGS = {"model": {"learning_rate": 0.1}, "data": {}, "seed_everything": 1}
+
+
+def test_weights_alone_are_left_out_and_named(tmp_path):
+    """A run with a second saver, of weights, would never go on."""
+    home = tmp_path / "gpt2/version_0/checkpoints"
+    run_of(home.parent, "checkpoints/a.ckpt", "checkpoints/weights.ckpt")
+    os.utime(home / "a.ckpt", (1e6, 1e6))
+    found = resuming.choose({"logger": logger(tmp_path)}, SETTINGS)
+    assert found.checkpoint == str(home / "a.ckpt")
+    assert f"{home / 'weights.ckpt'} holds weights alone (save_weights_only) and is left out" in found.lines[0]
+
+
+def test_a_link_to_nothing_is_left_out_and_named(tmp_path):
+    home = tmp_path / "gpt2/version_0/checkpoints"
+    run_of(home.parent, "checkpoints/a.ckpt")
+    (home / "last.ckpt").symlink_to("gone.ckpt")
+    found = resuming.choose({"logger": logger(tmp_path)}, SETTINGS)
+    assert found.checkpoint == str(home / "a.ckpt")
+    assert (
+        f"{home / 'last.ckpt'} IS DAMAGED and left out: it is a link to gone.ckpt, which is not there" in found.lines[0]
+    )
 
 
 def test_the_newest_of_all_versions_of_the_run(tmp_path):

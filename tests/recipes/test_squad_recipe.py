@@ -9,6 +9,7 @@ import torch
 
 from recipes.bert_large.module import BertSquad
 from recipes.bert_large.squad import main
+from recipes.gpt2 import pretrain
 from slope_pl import CheckpointError, SLoPeConfig, sparse_layers
 from slope_pl.checkpoint import convert
 from slope_pl.data import read_squad, score_predictions
@@ -84,6 +85,22 @@ def test_predict_writes_answers_that_score_the_same(fitted, tmp_path):
     examples = read_squad(str(SAMPLE / "dev.json"), "dev")[:12]
     scores = score_predictions(json.loads(file.read_text()), examples)
     assert scores["f1"] == pytest.approx(fitted["scores"]["val/f1"], abs=1e-4)
+
+
+def test_settings_come_from_a_folder_as_from_a_file(fitted, tmp_path, capsys):
+    """What FSDP2 or DeepSpeed has saved is no other run for it."""
+    folder = convert(fitted["checkpoint"], tmp_path / "sharded.ckpt", to="sharded")
+    (tmp_path / "runs").mkdir()
+    for path in (fitted["checkpoint"], str(folder)):
+        found = run(tmp_path / "runs", "validate", "--ckpt_path", path, "--model.warmup", "0.5")
+        assert found["scores"] == fitted["scores"]
+        assert "From the checkpoint: model.warmup = 0.1 (not 0.5)" in capsys.readouterr().err
+    with pytest.raises(
+        CheckpointError, match=f"{folder} is a checkpoint of another recipe: its settings .*gpt2.pretrain"
+    ):
+        pretrain.main(["validate", "--config", str(ROOT / "recipes/gpt2/tiny.yaml"), "--ckpt_path", str(folder)])
+    with pytest.raises(CheckpointError, match=r"use squad.yaml with sparse checkpoints"):
+        run(tmp_path / "runs", "validate", "--ckpt_path", str(folder), "--model.slope", "null")
 
 
 def test_load_from_checkpoint_and_export_give_the_same_logits(fitted, tmp_path):
