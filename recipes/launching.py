@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -16,8 +17,11 @@ from urllib.parse import urlparse
 
 import torch
 
+from recipes import children
+
 ROOT = Path(__file__).parent.parent
 SECONDS_TO_REACH_THE_HUB = 5
+_SIGNALLED = {128 + signal.SIGTERM, 128 + signal.SIGUSR1}
 
 
 class RunError(RuntimeError):
@@ -84,7 +88,7 @@ def run(recipe: str, subcommand: str, arguments: Sequence[str], defaults: Mappin
     """
     command = [sys.executable, "-m", recipe, subcommand, *arguments]
     print(f"\n$ {shlex.join(['python', *command[1:]])}", flush=True)
-    return subprocess.run(command, cwd=ROOT, env={**defaults, **os.environ}).returncode
+    return children.run(command, cwd=ROOT, env={**defaults, **os.environ})
 
 
 def without_resume(arguments: list[str]) -> list[str]:
@@ -178,18 +182,18 @@ def train_and_read(
     Raises:
         RunError: if the run failed, or did not validate its last step.
     """
+    children.refuse_if_stopped()
     folder.mkdir(parents=True, exist_ok=True)
     before, log = results(folder, "fit"), folder / "log.txt"
     command = [sys.executable, "-m", recipe, *arguments]
     with log.open("w", encoding="utf-8") as stream:
         print(shlex.join(["python", *command[1:]]), file=stream, flush=True)
         if in_process:
-            status = _here(main, arguments, stream)
+            with children.training_here():
+                status = _here(main, arguments, stream)
         else:
             environment = {**defaults, **os.environ, **(settings or {})}
-            status = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT
-            ).returncode
+            status = children.run(command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT)
     written = dict(results(folder, "fit").items() - before.items())
     if status or not written:
         end = "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
@@ -207,8 +211,10 @@ def _here(main: Callable[[list[str]], Any], arguments: list[str], stream: Any) -
             with contextlib.chdir(ROOT):
                 main(arguments)
             return 0
-        except (Exception, SystemExit):
+        except (Exception, SystemExit) as error:
             traceback.print_exc()
+            if isinstance(error, SystemExit) and error.code in _SIGNALLED:
+                raise  # this process is to end, not to begin the next run
             return 1
         finally:
             # The next run begins with an empty device, and compiles anew: graphs hold on to the last run's model.

@@ -22,6 +22,7 @@ from recipes.bert_large.glue_plan import minilm_folder
 from recipes.bert_large.glue_report import best_rates, rank_gains, spread
 from recipes.bert_large.ledger import Result, read
 from recipes.bert_large.methods import Place
+from recipes.children import answering_signals
 
 RECIPE = comparison.Recipe(
     "recipes.bert_large.squad", ("squad.yaml", "squad_dense.yaml"), "recipes.bert_large.results.ResultTable"
@@ -128,4 +129,4 @@ def _table(results: Sequence[Result]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answering_signals(main))

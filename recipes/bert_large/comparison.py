@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from recipes import launching
+from recipes import children, launching
 from recipes.bert_large.ledger import Result, read
 from recipes.bert_large.methods import (
     FADE,
@@ -335,7 +335,12 @@ def _executor(jobs: int, in_process: bool) -> Executor:
     return ProcessPoolExecutor(
         jobs,
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=torch.set_num_threads,
+        initializer=_begin_worker,
         initargs=(threads,),
         max_tasks_per_child=_RUNS_A_PROCESS,
     )
+
+
+def _begin_worker(threads: int) -> None:
+    children.end_with_parent()
+    torch.set_num_threads(threads)

@@ -20,6 +20,7 @@ from recipes.bert_large import comparison
 from recipes.bert_large.glue_plan import RATES, choose_place, choose_tasks
 from recipes.bert_large.glue_report import best_rates, report
 from recipes.bert_large.ledger import read
+from recipes.children import answering_signals
 from slope_pl.data.glue_tasks import TASKS
 
 RECIPE = comparison.Recipe(
@@ -82,4 +83,4 @@ def run_all(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answering_signals(main))

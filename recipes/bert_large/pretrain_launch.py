@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from recipes import launching
+from recipes.children import answering_signals
 from recipes.launching import ROOT
 
 HERE = Path(__file__).parent
@@ -89,4 +90,4 @@ def compare(fitted: Path, validated: Path, checkpoint: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answering_signals(main))

@@ -21,6 +21,7 @@ import torch
 
 from recipes import launching
 from recipes.adapters import FILE as ADAPTERS
+from recipes.children import answering_signals
 from recipes.gpt2.adapters import append_trace, draw_traces, rank_table, read_traces, split_rank
 from recipes.gpt2.launch import data_arguments
 from recipes.gpt2.ledger import Curve, Result, append_curve, read, read_curves, run_name
@@ -247,4 +248,4 @@ def pretrain(arguments: list[str]) -> object:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answering_signals(main))

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from recipes import children
 from recipes.gpt2.ledger import Result, best_rates, read
 from recipes.gpt2.plans import Plan, Queue, labels
 from recipes.gpt2.zeroshot_report import PUBLISHED, PUBLISHED_METRIC, PUBLISHED_MODEL, RACE_NOTE
@@ -124,7 +125,7 @@ def score(
     command += [*([] if data == HUB else ["--data", str(Path(data).expanduser().absolute())]), "--tasks", *tasks]
     with log.open("w", encoding="utf-8") as stream:
         settings = {**os.environ, **environment}
-        status = subprocess.run(command, cwd=ROOT, env=settings, stdout=stream, stderr=subprocess.STDOUT).returncode
+        status = children.run(command, cwd=ROOT, env=settings, stdout=stream, stderr=subprocess.STDOUT)
     if status:
         end = "\n".join(log.read_text(encoding="utf-8").splitlines()[-10:])
         raise RunError(f"scoring {checkpoint}: status {status}; the end of {log}:\n{end}")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from recipes.children import answering_signals
 from recipes.gpt2.compare import train
 from recipes.gpt2.launch import data_arguments
 from recipes.gpt2.ledger import Result, append_curve, read
@@ -211,4 +212,4 @@ def _ms(result: Result) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answering_signals(main))

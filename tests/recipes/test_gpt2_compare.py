@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import math
 import shlex
-import subprocess
 import threading
 from pathlib import Path
 
@@ -105,9 +104,9 @@ def test_a_lane_sets_the_environment_of_its_runs(tmp_path, monkeypatch):
 
     def start(command, **options):
         seen.update(options["env"])
-        return subprocess.CompletedProcess(command, 1)
+        return 1
 
-    monkeypatch.setattr(launching.subprocess, "run", start)
+    monkeypatch.setattr(launching.children, "run", start)
     with pytest.raises(RunError, match="status 1"):
         launching.train_and_read("m", print, [], tmp_path, False, {"A": "default"}, launching.one_gpu(1))
     assert (seen["CUDA_VISIBLE_DEVICES"], seen["A"]) == ("7", "default")
