@@ -21,7 +21,6 @@ from recipes.checkpoints import refuse_foreign
 from recipes.cli import RecipeCLI, checkpoint_parser, exporter, run_recipe
 from recipes.gpt2.module import METHODS, TOKENIZER_KEY, GPT2Pretraining
 from recipes.gpt2.sampling import continue_text
-from slope_pl import CheckpointError
 from slope_pl.checkpoint import load_module, read_checkpoint
 from slope_pl.data import DataUnavailableError, TextDataModule, load_bpe, save_bpe
 
@@ -43,7 +42,7 @@ class PretrainCLI(RecipeCLI):
 
 def add_tokenizer(ckpt_path: str, folder: str) -> None:
     """Put the training's tokenizer beside an exported model, its end of text into config.json; say so if it is not there."""
-    known = read_checkpoint(ckpt_path, optimizer=False)[TOKENIZER_KEY]
+    known = read_checkpoint(ckpt_path, optimizer=False, verify=False)[TOKENIZER_KEY]  # it has just been exported
     try:
         tokenizer = load_bpe(known["source"], known["end_of_text"])
     except (DataUnavailableError, ValueError) as error:
@@ -67,10 +66,8 @@ def generate(arguments: list[str]) -> None:
     parser.add_argument("--tokenizer", type=str | None, default=None, help="default: the one of the training")
     options = parser.parse_args(arguments)
     refuse_foreign(options.ckpt_path, inspect.signature(GPT2Pretraining.__init__).parameters, PROG)
-    known = read_checkpoint(options.ckpt_path, optimizer=False, verify=False).get(TOKENIZER_KEY)
-    if known is None:
-        raise CheckpointError(f"{options.ckpt_path} names no tokenizer: give a checkpoint that {PROG} has written")
     module = load_module(GPT2Pretraining, options.ckpt_path).eval()
+    known = read_checkpoint(options.ckpt_path, optimizer=False, verify=False)[TOKENIZER_KEY]
     tokenizer = load_bpe(options.tokenizer or known["source"], known["end_of_text"])
     module = module.to("cuda" if torch.cuda.is_available() else "cpu")
     assert module.net is not None

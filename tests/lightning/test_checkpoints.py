@@ -238,14 +238,6 @@ def test_the_command_refuses_a_class_that_has_no_use_or_is_another_recipes(files
     assert not list(tmp_path.iterdir())
 
 
-def test_generate_refuses_a_checkpoint_of_something_else(files):
-    with pytest.raises(
-        CheckpointError,
-        match=f"{files[8]} names no tokenizer: give a checkpoint that .*gpt2.pretrain",
-    ):
-        pretrain.main(["generate", "--ckpt_path", str(files[8])])
-
-
 def test_what_is_exported_may_be_read_by_who_may_read_other_files(files, tmp_path):
     """Safetensors lets nobody but the owner read."""
     (plain := tmp_path / "plain").touch()
