@@ -94,8 +94,15 @@ def check_ranks(layers: dict[str, SparseLinear], step: int | None = None) -> Non
         step: where training is; None before its start.
 
     Raises:
-        ConversionError: naming the first rank that differs from rank 0 and its first layer that does.
+        ConversionError: naming the first rank that differs from rank 0 and its first layer that does, or a layer that was
+            built on the meta device and has no values yet.
     """
+    unset = [name for name, layer in layers.items() if not layer.is_drawn]
+    if unset:
+        raise ConversionError(
+            f"{len(unset)} sparse layers ({unset[0]}, ...) were built on the meta device and have neither values nor masks: "
+            "call reset_parameters() of each once it is on its device, or load a state dict. Lightning does so under FSDP2"
+        )
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
     own = dict(zip(layers, torch.stack([_digest(layer) for layer in layers.values()]).tolist(), strict=True))

@@ -5,7 +5,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from slope_pl.errors import ConversionError
 from slope_pl.nn import sparse_layers
 
 # Methods of a net that are called in place of forward: FSDP2 gathers the weights for those it knows.
@@ -28,13 +27,10 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> list[str]:
 
     Returns:
         the qualified names of the units.
-
-    Raises:
-        ConversionError: if a parameter is on the meta device, where the model is sparse; if it is dense, that is a warning.
     """
     if is_fully_sharded(module):
         return []
-    _check_built(module)
+    _say_what_is_unbuilt(module)
     units = []
     for name, net in module.named_children():
         if not any(True for _ in net.parameters()):
@@ -51,21 +47,15 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> list[str]:
     return units
 
 
-def _check_built(module: nn.Module) -> None:
+def _say_what_is_unbuilt(module: nn.Module) -> None:
     unbuilt = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     if not unbuilt:
         return
-    lost = (
-        f"{len(unbuilt)} parameters ({unbuilt[0]}, ...) are on the meta device. Lightning then empties the whole model and "
-        "calls each module's reset_parameters: what a parent or pretrained weights have put there is lost"
-    )
-    if sparse_layers(module):
-        raise ConversionError(
-            f"{lost}, masks and kept values too. Build the net without torch.device('meta'); where a device cannot hold it "
-            "whole, with torch.device('cpu')"
-        )
     rank_zero_warn(
-        f"{lost}, unless a checkpoint is restored. To start as on one device, build it without torch.device('meta')."
+        f"{len(unbuilt)} parameters ({unbuilt[0]}, ...) are on the meta device. Lightning then empties the whole model and "
+        "calls each module's reset_parameters, that of a sparse layer draws it as its dense constructor would and chooses its "
+        "masks: what a parent or pretrained weights have put there is lost, unless a checkpoint is restored. To start as on "
+        "one device, build it without torch.device('meta'); where a device cannot hold it whole, with torch.device('cpu')."
     )
 
 

@@ -69,8 +69,6 @@ def why_ineligible(weight: Tensor) -> str | None:
         return f"it has {weight.dim()} dimensions, 2 are expected"
     if weight.numel() == 0:
         return "it is empty (partitioned by ZeRO-3?): convert before it is sharded"
-    if weight.device.type == "meta":
-        return "it is on the meta device and has no values to choose a mask from: materialise it first"
     if weight.dtype not in STORABLE_DTYPES:
         return f"its dtype is none of {_NAMES}"
     d_out, d_in = weight.shape

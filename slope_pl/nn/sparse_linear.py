@@ -11,17 +11,10 @@ from slope_pl.config import SLoPeConfig, as_config
 from slope_pl.errors import ConversionError, InputError
 from slope_pl.nn.eligibility import check_linear, check_new_layer, check_rank, why_ineligible
 from slope_pl.nn.hooks import carry_hooks
+from slope_pl.nn.initial import begin_anew, first_adapters, prune
 from slope_pl.nn.sharding import gathered, is_sharded, shard_like
 from slope_pl.nn.state import check_state
-from slope_pl.sparsity import (
-    backward_mask,
-    choose_backward_indices,
-    compress,
-    decompress,
-    make_mask,
-    pack_indices,
-    unpack_mask,
-)
+from slope_pl.sparsity import backward_mask, decompress, unpack_mask
 
 
 class SparseLinear(nn.Module):
@@ -32,7 +25,8 @@ class SparseLinear(nn.Module):
     ``(d_out, d_in / 8)``, ``backward_indices`` uint8 ``(d_in, d_out / 8)`` and ``adapter_active``, a uint8 scalar.
     The operands that a backend multiplies are derived, kept between forwards, never saved.
 
-    The adapters sleep (no gradient, no share in the output) until :meth:`wake_adapters`.
+    Made of a dense layer on the meta device it has no values and no masks until :meth:`reset_parameters` or a state dict gives
+    them (``is_drawn``). The adapters sleep (no gradient, no share in the output) until :meth:`wake_adapters`.
 
     Args:
         in_features: d_in, a multiple of 8.
@@ -131,14 +125,12 @@ class SparseLinear(nn.Module):
                 f"a weight of shape {tuple(weight.shape)}, {weight.dtype} cannot be 2:4 sparse: {reason}"
             )
         self.out_features, self.in_features = weight.shape
-        self.config = config
+        self.config, self.seed, self.is_drawn = config, seed, not weight.is_meta
         self._made_from: type[nn.Module] = nn.Linear
-        mask = make_mask(config.mask, weight, seed, scale)
-        indices = pack_indices(mask)
-        values = compress(weight.detach(), indices)
+        values, indices, columns = prune(weight, config, seed, scale)
         self.values = nn.Parameter(values, requires_grad=weight.requires_grad)
         self.register_buffer("indices", indices)
-        self.register_buffer("backward_indices", choose_backward_indices(values, indices))
+        self.register_buffer("backward_indices", columns)
         self.bias = bias
         self.adapter_rank = config.rank_for(self.out_features, self.in_features)
         check_rank(self.adapter_rank, self.out_features, self.in_features)
@@ -150,18 +142,26 @@ class SparseLinear(nn.Module):
         self._settle()
 
     def _make_adapters(self, seed: int) -> None:
-        """Down standard normal, up zero, as in the published code: the output does not move at the wake."""
         self.register_parameter("adapter_down", None)
         self.register_parameter("adapter_up", None)
         if self.adapter_rank:
-            # Drawn on the CPU from a generator of its own: the same on every rank and device.
-            generator = torch.Generator("cpu").manual_seed(seed)
-            down = torch.randn(
-                self.adapter_rank, self.in_features, generator=generator, dtype=torch.float32, device="cpu"
-            )
-            up = self.values.new_zeros(self.out_features, self.adapter_rank)
-            self.adapter_down = nn.Parameter(down.to(self.values), requires_grad=False)
+            down, up = first_adapters(self.values, self.adapter_rank, seed)
+            self.adapter_down = nn.Parameter(down, requires_grad=False)
             self.adapter_up = nn.Parameter(up, requires_grad=False)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the layer anew, as its dense constructor would, and choose its masks.
+
+        Lightning calls this under FSDP2 for a model that was built on the meta device, once it is sharded: one layer at a
+        time is whole. The numbers come from the layer's own seed, alike on all ranks. The adapters sleep.
+
+        Raises:
+            ConversionError: if the layer is spread by ZeRO-3.
+        """
+        begin_anew(self)
+        self._follow_phase()
+        self._operands.distrust()
 
     # ------------------------------------------------------------------------------------------------ forward
 
@@ -384,6 +384,7 @@ class SparseLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         check_state(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.is_drawn = self.is_drawn or prefix + "values" in state_dict
         self._settle()
         self._operands.distrust()  # inference tensors have no version counter that would tell
         self._follow_phase()

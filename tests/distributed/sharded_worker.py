@@ -58,6 +58,28 @@ class Late(Sparse):
         super().configure_model()
 
 
+class Meta(Sparse):
+    """Builds its net in configure_model without memory; Lightning draws it layer by layer once it is sharded."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = None
+
+    def configure_model(self):
+        if self.net is None:
+            with torch.device("meta"):
+                self.net = Net()
+        super().configure_model()
+
+    def on_train_start(self):
+        self.begun = whole_state(self)
+
+
+def meta(folder):
+    module = Meta()
+    return {**train(folder, SLoPeModelParallelStrategy(), module), "begun": module.begun}
+
+
 class Double(Sparse):
     """In float64, whatever the strategy says about precision; rounding then is all that an order of sums can change."""
 
@@ -287,6 +309,7 @@ SCENARIOS = {
     "fsdp2_own": lambda f: train(
         f, st.ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), OwnSharding(), SLoPeCallback(CONFIG)
     ),
+    "fsdp2_meta": meta,
     "fsdp2_accumulate": lambda f: train(f, SLoPeModelParallelStrategy(), accumulate_grad_batches=2, max_steps=14),
     "ddp_accumulate": lambda f: train(f, SLoPeDDPStrategy(), accumulate_grad_batches=2, max_steps=14),
     **{f"zero{stage}": lambda f, stage=stage: resumes(f, lambda: CPUZero(stage=stage)) for stage in (1, 2, 3)},

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from slope_pl import sparsify
 from tests.distributed.processes import report_of, report_of_two
 from tests.distributed.sharded_worker import DAMAGED, RESUME_AT, WIDE, Double, Sparse
-from tests.lightning.toy import QUIET, assert_same, make_trainer
+from tests.lightning.toy import CONFIG, QUIET, Net, assert_same, make_trainer
 
 pytestmark = [pytest.mark.distributed, *QUIET]
 SHARDING = ("fsdp2", "fsdp2_full", "zero1", "zero2", "zero3")
@@ -104,6 +105,23 @@ def test_a_net_that_is_never_whole_is_converted_too(ranks):
         assert late["losses"] == ours["whole"]["losses"]
         assert_same(late["model"], ours["whole"]["model"])
         assert late["own"] == 0
+
+
+def test_a_net_of_the_meta_device_is_drawn_layer_by_layer_alike_on_all_ranks(ranks):
+    with torch.device("meta"):
+        alone = Sparse(Net())
+    layers = sparsify(alone, CONFIG)
+    alone.to_empty(device="cpu")
+    for layer in layers.values():
+        layer.reset_parameters()
+    zero, one = of(ranks, "fsdp2_meta")
+    assert_same(zero["model"], one["model"])
+    assert zero["own"] < sum(p.numel() for p in alone.parameters()) * 0.6
+    for name in layers:
+        for report in (zero, one):
+            ours = {key: tensor for key, tensor in report["begun"].items() if key.startswith(name)}
+            assert_same(ours, {key: tensor for key, tensor in alone.state_dict().items() if key.startswith(name)})
+    assert zero["losses"][-1] < zero["losses"][0]
 
 
 @pytest.mark.parametrize("name", SHARDING)
