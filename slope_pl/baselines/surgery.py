@@ -93,6 +93,12 @@ def mask_layers(model: nn.Module, config: SRSTEConfig | FSTConfig) -> dict[str, 
         raise ConversionError(
             f"none of the {len(choices)} linear layers of {type(model).__name__} is masked ({reasons}); {fix}"
         )
+    unbuilt = [c.name for c in choices if c.reason is None and any(p.is_meta for p in c.module.parameters())]
+    if unbuilt:
+        raise ConversionError(
+            f"{len(unbuilt)} layers ({unbuilt[0]}, ...) are on the meta device and have no values to choose a mask from: "
+            "materialise the model first"
+        )
     made: dict[int, MaskedLinear] = {}
     for name, old in list(all_names(model)):
         if id(old) in chosen:

@@ -11,7 +11,7 @@ from torch import Tensor
 from slope_pl.checkpoint.mark import check_format
 from slope_pl.config import SLoPeConfig
 from slope_pl.errors import CheckpointError, ConversionError, ScheduleError
-from slope_pl.nn import SparseLinear
+from slope_pl.nn import SparseLinear, check_drawn
 
 # Settings that live in the weights' own state once a model is converted.
 _FIXED_AT_CONVERSION = frozenset({"mask", "seed", "adapter_rank", "adapter_rank_fraction", "include", "exclude"}) | {
@@ -97,12 +97,7 @@ def check_ranks(layers: dict[str, SparseLinear], step: int | None = None) -> Non
         ConversionError: naming the first rank that differs from rank 0 and its first layer that does, or a layer that was
             built on the meta device and has no values yet.
     """
-    unset = [name for name, layer in layers.items() if not layer.is_drawn]
-    if unset:
-        raise ConversionError(
-            f"{len(unset)} sparse layers ({unset[0]}, ...) were built on the meta device and have neither values nor masks: "
-            "call reset_parameters() of each once it is on its device, or load a state dict. Lightning does so under FSDP2"
-        )
+    check_drawn(layers)
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
     own = dict(zip(layers, torch.stack([_digest(layer) for layer in layers.values()]).tolist(), strict=True))

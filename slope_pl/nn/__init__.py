@@ -9,6 +9,7 @@ from slope_pl.nn.selection import choose_layers, is_head, is_linear
 from slope_pl.nn.sharding import built_whole, full_shape, gathered
 from slope_pl.nn.sparse_linear import SparseLinear
 from slope_pl.nn.surgery import (
+    check_drawn,
     dense_state_dict,
     densify,
     layer_seed,
@@ -26,6 +27,7 @@ __all__ = [
     "backend_lines",
     "built_whole",
     "can_fuse",
+    "check_drawn",
     "choose_layers",
     "dense_state_dict",
     "densify",

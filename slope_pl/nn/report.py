@@ -9,7 +9,7 @@ from slope_pl import ops
 from slope_pl.nn.selection import is_linear
 from slope_pl.nn.sharding import full_bytes, full_numel
 from slope_pl.nn.sparse_linear import SparseLinear
-from slope_pl.nn.surgery import sparse_layers
+from slope_pl.nn.surgery import check_drawn, sparse_layers
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
     Densities are counted from the masks themselves; a model without sparse layers has densities 1.
     """
     layers = sparse_layers(model)
+    check_drawn(layers)
     kept = adapters = forward = backward = entries = dense_bytes = stored = 0
     own: set[int] = set()
     for layer in layers.values():

@@ -151,9 +151,10 @@ def densify(model: nn.Module) -> dict[str, nn.Module]:
         qualified name -> new dense layer, one entry a replaced module; empty if there was none.
 
     Raises:
-        ConversionError: if the model is wrapped for distribution.
+        ConversionError: if the model is wrapped for distribution, or was made on the meta device and has no values yet.
     """
     refuse_wrapped(model)
+    check_drawn(sparse_layers(model))
     made: dict[int, nn.Module] = {}
     result: dict[str, nn.Module] = {}
     for name, old in list(all_names(model)):
@@ -175,7 +176,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Names are those of the dense model (``layer.weight``), tensors are detached; awake adapters are added in.
     """
-    check_model(model)
+    check_drawn(sparse_layers(model))
     state = {name: tensor.detach() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     for prefix, layer in all_names(model):
         if isinstance(layer, SparseLinear):
@@ -191,6 +192,16 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def wake_adapters(model: nn.Module) -> int:
     """Wake the adapters of every sparse layer; returns how many layers woke."""
     return sum(layer.wake_adapters() for layer in sparse_layers(model).values())
+
+
+def check_drawn(layers: Mapping[str, SparseLinear]) -> None:
+    """Raise a ConversionError if one was made on the meta device and has neither values nor masks yet."""
+    unset = [name for name, layer in layers.items() if not layer.is_drawn]
+    if unset:
+        raise ConversionError(
+            f"{len(unset)} sparse layers ({unset[0]}, ...) were made on the meta device and have neither values nor masks: "
+            "call reset_parameters() of each once it is on its device, or load a state dict. Lightning does so under FSDP2"
+        )
 
 
 def layer_seed(seed: int, name: str) -> int:

@@ -232,7 +232,7 @@ def test_in_gpt2_large_the_same_layers_stay_dense():
     with torch.device("meta"):
         model = GPT2(GPT2Config.large())
     choices = choose_layers(model, SLoPeConfig())
-    reasons = {c.name: c.reason for c in choices if "meta device" not in c.reason}  # that one bars all the others
+    reasons = {c.name: c.reason for c in choices if c.reason is not None}
     assert reasons == {"h.0.attn.c_attn": "first linear layer after the input", "lm_head": "its weight is tied to wte"}
     assert sum(c.module.weight.numel() for c in choices if c.name not in reasons) == 702_873_600
 

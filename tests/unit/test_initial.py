@@ -86,7 +86,7 @@ def test_what_was_never_drawn_does_not_train():
     assert list(layers) == ["1", "2"]
     model.to_empty(device="cpu")
     with pytest.raises(
-        ConversionError, match=r"2 sparse layers \(1, ...\) were built on the meta device .*reset_parameters"
+        ConversionError, match=r"2 sparse layers \(1, ...\) were made on the meta device .*reset_parameters"
     ):
         check_ranks(layers)
     layers["1"].reset_parameters()

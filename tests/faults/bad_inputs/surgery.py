@@ -100,7 +100,10 @@ MODELS = [
     made("only a head", lambda: nn.ModuleDict({"first": nn.Linear(8, 8), "lm_head": nn.Linear(8, 8)}), "output head"),
     made("int8", lambda: int8(), "none of the 2", "float64, float32"),
     made("float8", lambda: net(16, 16, 16).to(torch.float8_e4m3fn), "none of the 2", "bfloat16"),
-    made("meta", lambda: net(16, 16, 16).to("meta"), "meta device", "materialise"),
+    case("meta, masked", lambda: mask_layers(net(16, 16, 16).to("meta"), SRSTEConfig()), "meta device", "materialise"),
+    case("meta, counted", lambda: sparsity_report(unset()), "2 sparse layers", "meta device", "reset_parameters"),
+    case("meta, densified", lambda: densify(unset()), "2 sparse layers", "meta device", "reset_parameters"),
+    case("meta, exported", lambda: dense_state_dict(unset()), "2 sparse layers", "meta device", "reset_parameters"),
     made("weight norm", normed(parametrizations.weight_norm), "which may use", "none of the"),
     made("a subclass", normed(lambda _: Frozen(16, 16)), "a Frozen, which may use"),
     made("lazy", normed(lambda _: nn.LazyLinear(16)), "a LazyLinear"),
@@ -115,6 +118,12 @@ MODELS = [
     case("a config that is none", lambda: sparsify(net(16, 16, 16), 4), "int", "a mapping"),
     case("a config with a typo", lambda: sparsify(net(16, 16, 16), {"seeds": 1}), "'seeds'", "known are mask"),
 ]
+
+
+def unset() -> nn.Module:
+    model = net(16, 16, 16, 16).to("meta")
+    sparsify(model, SLoPeConfig())
+    return model.to_empty(device="cpu")
 
 
 def int8() -> nn.Module:
