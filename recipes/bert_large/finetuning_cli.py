@@ -1,6 +1,7 @@
 """What the command lines of SQuAD and GLUE share."""
 
 import itertools
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from slope_pl.lightning.agreement import Agreement
 Outputs = list[dict[str, Tensor]]
 
 
-class FineTuningCLI(RecipeCLI):
+class FineTuningCLI(RecipeCLI, ABC):
     """With the first stage of a gradual start, which is a dense run although it names masks."""
 
     silent = ("weights", "bert", "encoder")
@@ -42,6 +43,6 @@ class FineTuningCLI(RecipeCLI):
             folder.mkdir(parents=True, exist_ok=True)
             self.write_answers([list(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)], folder)
 
+    @abstractmethod
     def write_answers(self, sets: list[Outputs], folder: Path) -> None:
         """Write the outputs for each evaluation set, in any order and some twice, into a folder that is there."""
-        raise NotImplementedError

@@ -75,28 +75,21 @@ def twice(folder, strategy):
     return strategy.seen, step_in(strategy.final), left
 
 
-def after_a_file(folder):
-    """What FSDP2 in one file, or another strategy, has saved under that name."""
+def after(folder, first, strategy):
+    """What another strategy has saved under that name lies there."""
     folder.mkdir(exist_ok=True)
-    file = stretch(folder / "ddp", SLoPeDDPStrategy(), 2, 1)
-    on_one(lambda: file.rename(folder / "last.ckpt"))
-    on_one(lambda: shutil.rmtree(folder / "ddp"))
-    strategy = WatchedZero(stage=1)
-    strategy.seen, strategy.final = [], folder / "last.ckpt"
-    left = run(folder, strategy)
-    return strategy.seen, step_in(strategy.final), left
+    saved = stretch(folder / "first", first, 2, 1)
+    on_one(lambda: saved.rename(folder / "last.ckpt"))
+    on_one(lambda: shutil.rmtree(folder / "first"))
+    return twice(folder, strategy)
+
+
+def after_a_file(folder):
+    return after(folder, SLoPeDDPStrategy(), WatchedZero(stage=1))
 
 
 def after_a_folder(folder):
-    """The other way round."""
-    folder.mkdir(exist_ok=True)
-    sharded = stretch(folder / "fsdp2", SLoPeModelParallelStrategy(), 2, 1)
-    on_one(lambda: sharded.rename(folder / "last.ckpt"))
-    on_one(lambda: shutil.rmtree(folder / "fsdp2"))
-    strategy = WatchedFSDP2(save_distributed_checkpoint=False)
-    strategy.seen, strategy.final = [], folder / "last.ckpt"
-    left = run(folder, strategy)
-    return strategy.seen, step_in(strategy.final), left
+    return after(folder, SLoPeModelParallelStrategy(), WatchedFSDP2(save_distributed_checkpoint=False))
 
 
 def too_large(folder):

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from slope_pl import ConversionError, SLoPeConfig, SparseLinear, sparsify
 from slope_pl.lightning.checks import check_ranks
-from slope_pl.nn.initial import fill
+from slope_pl.nn.initial import draw_dense, fill
 
 RANK = SLoPeConfig(adapter_rank=4)
 
@@ -50,13 +50,10 @@ def test_it_begins_as_a_dense_layer_of_its_kind_does(kind, mask):
     assert layer(torch.randn(5, 16)).isfinite().all()
 
 
-def test_a_random_mask_knows_nothing_of_the_weights_that_are_drawn():
-    """One generator for both would keep the largest of each four, signs and all."""
-    with torch.device("meta"):
-        linear = nn.Linear(64, 512)
-    layer = SparseLinear.from_linear(linear, SLoPeConfig(mask="random"), 3).to_empty(device="cpu")
-    layer.reset_parameters()
-    assert layer.values.mean().abs() < 0.002
+def test_weights_are_drawn_from_numbers_that_neither_masks_nor_adapters_are_drawn_from():
+    drawn = draw_dense(nn.Linear, 24, 16, True, torch.empty(0), 3)
+    torch.manual_seed(3)
+    assert not torch.equal(nn.Linear(16, 24).weight, drawn.weight)
 
 
 def test_the_same_seed_is_the_same_layer_and_drawing_again_starts_over():
