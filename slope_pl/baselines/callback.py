@@ -22,6 +22,7 @@ from slope_pl.checkpoint.mark import BASELINE_FORMAT_VERSION, BASELINE_KEY
 from slope_pl.errors import ConversionError
 from slope_pl.lightning import rng
 from slope_pl.lightning.checks import strip_classes
+from slope_pl.lightning.ending import end_groups_at_exit
 from slope_pl.lightning.restoring import record_optimizers
 from slope_pl.nn import was_densified
 
@@ -85,6 +86,7 @@ class BaselineCallback(pl.Callback, Generic[Config], ABC):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Arrange the conversion; before the restore of a checkpoint, which needs the masked layers to be there."""
         check_strategy(trainer.strategy, type(self).__name__)
+        end_groups_at_exit()
         refuse_averaging(trainer, type(self).__name__)
         if stage == "fit" and trainer.global_step == 0:
             # A new run; a restored one gets its counters from the checkpoint, after this hook.

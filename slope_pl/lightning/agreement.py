@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from slope_pl.lightning.ending import end_groups_at_exit
+
 
 class Agreement:
     """The largest of a small integer over all ranks.
@@ -22,6 +24,7 @@ class Agreement:
     def begin(self) -> None:
         """Once the processes have found each other; every rank."""
         self._pending = None
+        end_groups_at_exit()
         if self._group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self._group = dist.new_group(backend="gloo")
 

@@ -26,6 +26,7 @@ from slope_pl.lightning.checks import (
 )
 from slope_pl.lightning.ddp import keep_masks_at_home, rebuild_ddp
 from slope_pl.lightning.deepspeed import ZeroAdapters, build_whole
+from slope_pl.lightning.ending import end_groups_at_exit
 from slope_pl.lightning.optimizers import optimizer_notes
 from slope_pl.lightning.restore import RestoreGuard, check_counters, check_mark, check_phase
 from slope_pl.lightning.restoring import record_optimizers, resume_from_any
@@ -85,6 +86,7 @@ class SLoPeCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Arrange the conversion; before the restore of a checkpoint, which needs the sparse layers to be there."""
         check_strategy(trainer.strategy)
+        end_groups_at_exit()
         build_whole(trainer.strategy)
         self._zero = None
         if isinstance(trainer.strategy, DeepSpeedStrategy) and stage == "fit":

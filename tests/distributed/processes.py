@@ -9,17 +9,21 @@ from pathlib import Path
 import torch
 
 
-def report_of_two(module: str, folder: Path, timeout_s: int) -> list[dict]:
+def free_port() -> str:
+    """A port of this machine where nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def report_of_two(module: str, folder: Path, timeout_s: int, *arguments: str) -> list[dict]:
     """As :func:`report_of`, two processes."""
-    return report_of(2, module, folder, timeout_s)
+    return report_of(2, module, folder, timeout_s, *arguments)
 
 
 def report_of(processes: int, module: str, folder: Path, timeout_s: int, *arguments: str) -> list[dict]:
     """Run ``python -m module folder arguments`` with LOCAL_RANK from 0 up; what each left in ``folder/rank{rank}.pt``."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
     common |= {"WORLD_SIZE": str(processes)}
     logs = [folder / f"rank{rank}.log" for rank in range(processes)]
     running = []
