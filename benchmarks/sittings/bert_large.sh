@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# BERT-Large: both phases on the novels, dense on GPU 0 and sparse on GPU 1, then SQuAD and two tasks of GLUE from there.
+#
+#   bash benchmarks/sittings/bert_large.sh COMMIT {phase1|phase2|finetune} [STEPS]
+#
+# One session of the machine: checkpoints lie below /tmp/bert. STEPS cuts a phase short, to see that it runs.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+. benchmarks/sittings/enter.sh "${1:?commit}"
+stage=${2:?phase1, phase2 or finetune}
+
+newest() { find "/tmp/bert/$1" -name '*.ckpt' -printf '%T@ %p\n' | sort -n | tail -n 1 | cut -d' ' -f2-; }
+
+pretrain() { # GPU, sibling, phase, arguments
+  CUDA_VISIBLE_DEVICES=$1 timeout -k 20 570 $PY -m recipes.bert_large.pretrain fit \
+    --config "recipes/bert_large/pretrain_phase$3_novels$2.yaml" --data.source "$SLOPE_DATA_DIR/text/novels.txt.xz" \
+    --data.tokenizer "$SLOPE_DATA_DIR/tokenizers/bert-base-uncased-vocab.txt" --trainer.enable_progress_bar false \
+    --trainer.logger.init_args.save_dir "/tmp/bert/phase$3$2" "${@:4}" > "$OUT/phase$3$2.log" 2>&1
+  cp "$(find "/tmp/bert/phase$3$2" -name result.json | tail -n 1)" "$OUT/phase$3$2.json"
+  cp "$(find "/tmp/bert/phase$3$2" -name 'events.out.*' | tail -n 1)" "$OUT/phase$3$2.tfevents"
+}
+
+finetune() { # GPU, sibling, methods
+  local weights
+  weights=$(newest "phase2$2")
+  local vocabulary=$SLOPE_DATA_DIR/tokenizers/bert-base-uncased-vocab.txt
+  local common=(--weights "$weights" --methods "$3" --budget-minutes 8 --data.tokenizer "$vocabulary")
+  CUDA_VISIBLE_DEVICES=$1 timeout -k 20 580 $PY -m recipes.bert_large.glue_all --config glue_base.yaml --csv "$OUT/glue$2.csv" \
+    --runs "/tmp/bert/glue$2" --data "$SLOPE_DATA_DIR/glue" --tasks mrpc rte "${common[@]}" > "$OUT/glue$2.log" 2>&1
+  CUDA_VISIBLE_DEVICES=$1 timeout -k 20 580 $PY -m recipes.bert_large.compare --config base.yaml --csv "$OUT/squad$2.csv" \
+    --runs "/tmp/bert/squad$2" --data "$SLOPE_DATA_DIR/squad" "${common[@]}" > "$OUT/squad$2.log" 2>&1
+}
+
+steps=(${3:+--trainer.max_steps "$3" --trainer.val_check_interval "$3"})
+case $stage in
+  phase1)
+    pretrain 0 _dense 1 "${steps[@]}" &
+    pretrain 1 "" 1 "${steps[@]}" &
+    ;;
+  phase2)
+    pretrain 0 _dense 2 --model.start_from "$(newest phase1_dense)" "${steps[@]}" &
+    pretrain 1 "" 2 --model.start_from "$(newest phase1)" "${steps[@]}" &
+    ;;
+  finetune)
+    finetune 0 _dense dense &
+    finetune 1 "" sparse &
+    ;;
+esac
+wait
+tail -n 30 "$OUT"/*.log
