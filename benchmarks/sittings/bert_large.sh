@@ -15,7 +15,7 @@ pretrain() { # GPU, sibling, phase, arguments
   CUDA_VISIBLE_DEVICES=$1 timeout -k 20 570 $PY -m recipes.bert_large.pretrain fit \
     --config "recipes/bert_large/pretrain_phase$3_novels$2.yaml" --data.source "$SLOPE_DATA_DIR/text/novels.txt.xz" \
     --data.tokenizer "$SLOPE_DATA_DIR/tokenizers/bert-base-uncased-vocab.txt" --trainer.enable_progress_bar false \
-    --trainer.logger.init_args.save_dir "/tmp/bert/phase$3$2" "${@:4}" > "$OUT/phase$3$2.log" 2>&1
+    --trainer.logger.init_args.save_dir "/tmp/bert/phase$3$2" "${@:4}" > "$OUT/phase$3$2.log" 2>&1 || return
   cp "$(find "/tmp/bert/phase$3$2" -name result.json | tail -n 1)" "$OUT/phase$3$2.json"
   cp "$(find "/tmp/bert/phase$3$2" -name 'events.out.*' | tail -n 1)" "$OUT/phase$3$2.tfevents"
 }
@@ -26,8 +26,8 @@ finetune() { # GPU, sibling, methods
   local vocabulary=$SLOPE_DATA_DIR/tokenizers/bert-base-uncased-vocab.txt
   local common=(--weights "$weights" --methods "$3" --budget-minutes 8 --data.tokenizer "$vocabulary")
   CUDA_VISIBLE_DEVICES=$1 timeout -k 20 580 $PY -m recipes.bert_large.glue_all --config glue_base.yaml --csv "$OUT/glue$2.csv" \
-    --runs "/tmp/bert/glue$2" --data "$SLOPE_DATA_DIR/glue" --tasks mrpc rte "${common[@]}" > "$OUT/glue$2.log" 2>&1
-  CUDA_VISIBLE_DEVICES=$1 timeout -k 20 580 $PY -m recipes.bert_large.compare --config base.yaml --csv "$OUT/squad$2.csv" \
+    --runs "/tmp/bert/glue$2" --data "$SLOPE_DATA_DIR/glue" --tasks mrpc rte "${common[@]}" > "$OUT/glue$2.log" 2>&1 &&
+    CUDA_VISIBLE_DEVICES=$1 timeout -k 20 580 $PY -m recipes.bert_large.compare --config base.yaml --csv "$OUT/squad$2.csv" \
     --runs "/tmp/bert/squad$2" --data "$SLOPE_DATA_DIR/squad" "${common[@]}" > "$OUT/squad$2.log" 2>&1
 }
 
@@ -45,6 +45,9 @@ case $stage in
     finetune 0 _dense dense &
     finetune 1 "" sparse &
     ;;
+  *) echo "$2: phase1, phase2 or finetune is expected" >&2; exit 2 ;;
 esac
-wait
+status=0
+for job in $(jobs -p); do wait "$job" || status=1; done
 tail -n 30 "$OUT"/*.log
+exit $status

@@ -13,10 +13,11 @@ cd "$(dirname "$0")/../.."
 . benchmarks/sittings/enter.sh "${1:?commit}"
 minutes=${3:-9}
 runs=/tmp/gpt2-runs
+status=0
 
 compare() { # CSV, arguments
   $PY -m recipes.gpt2.compare run --family novels --csv "$OUT/$1.csv" --runs "$runs" --gpus 0 1 --budget-minutes "$minutes" \
-    "${@:2}" 2>&1 | tee "$OUT/$1.log"
+    "${@:2}" 2>&1 | tee "$OUT/$1.log" || status=1
 }
 
 keep() { # earlier rows, so that nothing is made twice; rows of an earlier call on this machine come first
@@ -58,6 +59,8 @@ case ${2:?seeds, medium, kernels, zeroshot or levers} in
       --add "magnitude in attention: $base 0 --model.slope.layer_masks '{\"*.attn.*\": \"magnitude\"}'" \
       --trace-adapters
     ;;
+  *) echo "$2: seeds, medium, kernels, zeroshot or levers is expected" >&2; exit 2 ;;
 esac
 mkdir -p /tmp/gpt2-rows
 cp "$OUT"/*.csv /tmp/gpt2-rows/
+exit $status

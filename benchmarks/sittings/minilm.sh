@@ -4,8 +4,8 @@
 #   bash benchmarks/sittings/minilm.sh COMMIT {masks|starts|ranks} [MINUTES]
 #
 # masks    dense and every mask at three rates, one seed
-# starts   best rates: a teacher, a gradual start, both, one seed
-# ranks    best rates, adapters of rank 0, 4, 16, 24, seeds 0 to 2
+# starts   a teacher, a gradual start, both, at 2e-4, one seed; after masks, whose dense runs teach
+# ranks    after masks: best rates, adapters of rank 0, 4, 16, 24, seeds 0 to 2
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 . benchmarks/sittings/enter.sh "${1:?commit}"
@@ -17,21 +17,24 @@ for file in glue_minilm squad_minilm; do
   fi
 done
 
+status=0
 both() {
   local common=(--in-process --budget-minutes "$minutes" "$@")
   CUDA_VISIBLE_DEVICES=0 timeout -k 20 590 $PY -m recipes.bert_large.glue_all --config glue_minilm.yaml --csv "$OUT/glue_minilm.csv" \
     --runs /tmp/minilm-glue --data "$SLOPE_DATA_DIR/glue" --tasks cola sst2 mrpc stsb rte --jobs 10 "${common[@]}" > "$OUT/glue.log" 2>&1 &
   CUDA_VISIBLE_DEVICES=1 timeout -k 20 590 $PY -m recipes.bert_large.compare --config squad_minilm.yaml --csv "$OUT/squad_minilm.csv" \
     --runs /tmp/minilm-squad --data "$SLOPE_DATA_DIR/squad" --jobs 5 "${common[@]}" > "$OUT/squad.log" 2>&1 &
-  wait
+  for job in $(jobs -p); do wait "$job" || status=1; done
 }
 
 masks=(--masks magnitude wanda transposable)
 case ${2:?masks, starts or ranks} in
   masks) both "${masks[@]}" --rates 1e-4 2e-4 4e-4 ;;
-  starts) both "${masks[@]}" --starts teacher gradual teacher+gradual --best-rates ;;
+  starts) both "${masks[@]}" --starts teacher gradual teacher+gradual --rates 2e-4 ;;
   ranks) both "${masks[@]}" --ranks 0 4 16 24 --best-rates --seeds 0 1 2 ;;
+  *) echo "$2: masks, starts or ranks is expected" >&2; exit 2 ;;
 esac
 mkdir -p "$rows"
 cp "$OUT"/*_minilm.csv "$rows/"
 tail -n 40 "$OUT"/glue.log "$OUT"/squad.log
+exit $status

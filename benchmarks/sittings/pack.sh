@@ -18,7 +18,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p offline
 
-# Wheels for the other machine, unpacked: name, then the folders below site/ that are left out.
+# Wheels for the other machine.
 wheels() {
   local platforms=()
   for platform in manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014 manylinux1; do
@@ -105,13 +105,12 @@ PYTHON
   tar -C "$work/bert" -cf - . | xz -T1 -6 > offline/bert.tar.xz
 }
 
-for part in "${@:-base text eval bert}"; do
-  for name in $part; do
-    case $name in
-      eval) eval_pack ;;
-      base | text | bert) "$name" ;;
-      *) echo "$name: base, text, eval or bert is expected" >&2; exit 1 ;;
-    esac
-  done
+[ $# -gt 0 ] || set -- base text eval bert
+for name in "$@"; do
+  case $name in
+    eval) eval_pack ;;
+    base | text | bert) "$name" ;;
+    *) echo "$name: base, text, eval or bert is expected" >&2; exit 1 ;;
+  esac
 done
 du -h offline/*

@@ -44,6 +44,9 @@ case ${2:?profile, one, two or tests} in
     CUDA_VISIBLE_DEVICES=1 $PY -m pytest -q tests/gpu --ignore tests/gpu/test_strategies.py \
       --ignore tests/gpu/test_cusparselt_runs.py > "$OUT/tests-b.log" 2>&1 &
     ;;
+  *) echo "$2: profile, one, two or tests is expected" >&2; exit 2 ;;
 esac
-wait
+status=0
+for job in $(jobs -p); do wait "$job" || status=1; done
 tail -n 30 "$OUT"/*.log
+exit $status

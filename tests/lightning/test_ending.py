@@ -16,7 +16,7 @@ WHAT_IS_LEFT = """
     import atexit, sys
     from pathlib import Path
     import torch.distributed as dist
-    from slope_pl import SLoPeCallback, SLoPeConfig
+    from slope_pl import SLoPeCallback
     from slope_pl.baselines import SRSTECallback
     from slope_pl.lightning.stopping import StopOnSignal
     from tests.lightning.toy import Toy, make_trainer
@@ -40,7 +40,7 @@ def test_no_group_is_left_when_the_interpreter_ends(tmp_path, callback):
 
 @pytest.mark.distributed
 def test_messages_under_way_abort_nobody(tmp_path):
-    """Two of three such processes end with status 134 if their groups are left to the interpreter."""
+    """Most such pairs have one that ends with status 134 if the groups are left to the interpreter; three, to see it nearly always."""
     for attempt in range(3):
         (tmp_path / str(attempt)).mkdir()
         report_of_two("tests.distributed.leaving_worker", tmp_path / str(attempt), 100, "together")
@@ -52,7 +52,8 @@ def test_a_rank_leaves_though_the_other_does_not_answer(tmp_path):
     command = [sys.executable, "-m", "tests.distributed.leaving_worker", str(tmp_path), "alone"]
     zero, one = (subprocess.Popen(command, cwd=ROOT, env=common | {"LOCAL_RANK": rank}) for rank in "01")
     try:
-        assert zero.wait(60) is not None
+        zero.wait(60)
+        assert (tmp_path / "rank0.pt").exists(), "it failed before it had anything to leave"
         (tmp_path / "left").touch()
         assert one.wait(60) == 0, "rank 0 left while rank 1 was still there"
     finally:
