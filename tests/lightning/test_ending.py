@@ -40,7 +40,7 @@ def test_no_group_is_left_when_the_interpreter_ends(tmp_path, callback):
 
 @pytest.mark.distributed
 def test_messages_under_way_abort_nobody(tmp_path):
-    """Most such pairs have one that ends with status 134 if the groups are left to the interpreter; three, to see it nearly always."""
+    """One of most such pairs ends with status 134 if the groups are left to the interpreter; three show it nearly always."""
     for attempt in range(3):
         (tmp_path / str(attempt)).mkdir()
         report_of_two("tests.distributed.leaving_worker", tmp_path / str(attempt), 100, "together")
