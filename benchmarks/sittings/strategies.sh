@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Rows of recipes/gpt2/results/strategies.csv, and where the time of a step goes, on two GPUs.
+# Rows of recipes/gpt2/results/strategies.csv, on two GPUs, and where the time of a step goes.
 #
-#   bash benchmarks/sittings/strategies.sh COMMIT {profile|one|two|tests}
+#   bash benchmarks/sittings/strategies.sh COMMIT {trace|one|two|tests}
 #
-# profile   FSDP2 on GPU 0, ZeRO-2 on GPU 1: operators of steps 2 to 4 (2 min)
+# trace     where a step goes under FSDP2 and ZeRO-2, dense and sparse, on one GPU (5 min)
 # one       by one process each, dense siblings too; one CSV a GPU (7 min)
 # two       by two processes (5 min)
 # tests     tests/gpu of strategies and of plans on GPU 0, the others on GPU 1 (7 min)
@@ -15,25 +15,35 @@ runner() { # GPUs, CSV, arguments
   CUDA_VISIBLE_DEVICES=$1 $PY -m recipes.gpt2.strategies --csv "$OUT/$2.csv" --runs "/tmp/strategies-$2" "${@:3}" > "$OUT/$2.log" 2>&1
 }
 
-profiled() { # GPU, strategy, name
-  CUDA_VISIBLE_DEVICES=$1 timeout -k 10 300 $PY -m recipes.gpt2.pretrain fit --config recipes/gpt2/novels_slope.yaml \
+traced() { # GPU, name, config, strategy, arguments
+  CUDA_VISIBLE_DEVICES=$1 timeout -k 10 200 $PY -m recipes.gpt2.pretrain fit --config "recipes/gpt2/$3" \
     --data.source "$SLOPE_DATA_DIR/text/novels.txt.xz" --data.tokenizer "$SLOPE_DATA_DIR/tokenizers" \
-    --trainer.strategy "$2" --trainer.devices 1 --model.slope.adapter_rank 0 --trainer.max_steps 12 --model.warmup 0.1 \
-    --trainer.val_check_interval 12 --trainer.limit_val_batches 1 --model.sample_tokens 0 --trainer.enable_checkpointing false \
-    --trainer.logger.init_args.save_dir "/tmp/profile-$3" --trainer.callbacks '[recipes.meter.Meter]' \
-    --trainer.profiler lightning.pytorch.profilers.PyTorchProfiler --trainer.profiler.dirpath "$OUT" \
-    --trainer.profiler.filename "profile-$3" --trainer.profiler.sort_by_key "${SORT:-cpu_time_total}" \
-    --trainer.profiler.row_limit 80 > "$OUT/profile-$3.log" 2>&1
+    --trainer.strategy "$4" --trainer.devices 1 --model.compile true --trainer.max_steps 24 --model.warmup 0.1 \
+    --trainer.val_check_interval 24 --trainer.limit_val_batches 1 --model.sample_tokens 0 --trainer.enable_checkpointing false \
+    --trainer.enable_progress_bar false --trainer.logger.init_args.save_dir "/tmp/trace-$2" "${@:5}" \
+    --trainer.callbacks "[{class_path: recipes.trace.Trace, init_args: {folder: /tmp/trace-$2}}]" > "/tmp/trace-$2.log" 2>&1
+  local status=$?
+  tail -n 5 "/tmp/trace-$2.log"
+  tar -czf "$OUT/traces.tar.gz" -C /tmp --exclude='*/lightning_logs' --exclude='*/version_*' $(cd /tmp && ls -d trace-*)
+  return $status
 }
 
-case ${2:?profile, one, two or tests} in
-  profile)
-    profiled 0 slope_fsdp2 fsdp2 &
-    profiled 1 slope_deepspeed_stage_2 zero2 &
+case ${2:?trace, one, two or tests} in
+  trace)
+    fsdp2=(lightning.pytorch.strategies.ModelParallelStrategy --trainer.strategy.data_parallel_size 1 --trainer.strategy.tensor_parallel_size 1)
+    {
+      failed=0
+      traced 0 fsdp2 novels_slope.yaml slope_fsdp2 || failed=1
+      traced 0 zero2 novels_slope.yaml slope_deepspeed_stage_2 || failed=1
+      traced 0 dense-fsdp2 novels_dense.yaml "${fsdp2[@]}" || failed=1
+      traced 0 dense-zero2 novels_dense.yaml deepspeed_stage_2 || failed=1
+      traced 0 single novels_slope.yaml slope || failed=1
+      exit $failed
+    } &
     ;;
   one)
-    runner 0 one-a --strategies FSDP2 DDP --dense FSDP2 DDP &
-    runner 1 one-b --strategies ZeRO-2 ZeRO-3 --dense ZeRO-2 ZeRO-3 &
+    runner 0 one-a --strategies "single device" FSDP2 DDP --dense FSDP2 DDP &
+    runner 1 one-b --strategies "single device" ZeRO-2 "ZeRO-2 unchecked" ZeRO-3 --dense ZeRO-2 ZeRO-3 &
     ;;
   two)
     runner 0,1 two --devices 2 --strategies "single device" ZeRO-3 ZeRO-2 DDP FSDP2 &
@@ -44,9 +54,9 @@ case ${2:?profile, one, two or tests} in
     CUDA_VISIBLE_DEVICES=1 $PY -m pytest -q tests/gpu --ignore tests/gpu/test_strategies.py \
       --ignore tests/gpu/test_cusparselt_runs.py > "$OUT/tests-b.log" 2>&1 &
     ;;
-  *) echo "$2: profile, one, two or tests is expected" >&2; exit 2 ;;
+  *) echo "$2: trace, one, two or tests is expected" >&2; exit 2 ;;
 esac
 status=0
 for job in $(jobs -p); do wait "$job" || status=1; done
-tail -n 30 "$OUT"/*.log
+tail -n 30 "$OUT"/*.log 2> /dev/null
 exit $status

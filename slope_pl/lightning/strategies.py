@@ -159,7 +159,7 @@ class SLoPeDeepSpeedStrategy(SLoPeStrategy, DeepSpeedStrategy):
         self,
         *args: Any,
         config: SLoPeConfig | None = None,
-        deepspeed_config: str | Path | dict[str, Any] | None = None,
+        deepspeed_config: dict[str, Any] | str | Path | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(config, str | Path) or (isinstance(config, Mapping) and _OF_DEEPSPEED & config.keys()):

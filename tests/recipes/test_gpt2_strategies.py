@@ -43,11 +43,15 @@ def test_settings_are_the_recipes_own(setting, config, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         pretrain([*arguments, "--print_config"])
     assert stop.value.code == 0
-    found = yaml.safe_load(capsys.readouterr().out)
+    printed = capsys.readouterr().out.splitlines()
+    found = yaml.safe_load("\n".join(line for line in printed if not line.startswith("[")))  # DeepSpeed's log
     assert int(found["trainer"]["devices"]) == setting.devices
     assert found["trainer"]["max_steps"] == found["trainer"]["val_check_interval"] == 16
     assert (found["model"]["slope"] is None) is setting.dense
     assert found["model"]["compile"] is setting.compiled
+    if setting.strategy == strategies.UNCHECKED:
+        given = found["trainer"]["strategy"]["init_args"]["deepspeed_config"]
+        assert given["bf16"] == {"enabled": True, "check_grad_overflow": False}
     if not setting.dense:
         slope = found["model"]["slope"]
         assert (slope["adapter_rank"], slope["adapter_start"], slope["backward_refresh_steps"]) == (16, 0.75, 5)
@@ -70,8 +74,10 @@ def test_a_step_is_compared_with_one_of_its_kind():
             row(Setting(SINGLE, 1, dense=True), tokens_per_second=500.0, resetups=0, switched_at_step=-1),
             row(Setting("DDP", 2, dense=True), tokens=2000, tokens_per_second=500.0, switched_at_step=-1),
             row(Setting("ZeRO-3", 1, compiled=False)),
+            row(Setting(strategies.UNCHECKED, 1)),
         ]
     )
+    assert f"| {strategies.UNCHECKED} | 1 |" in text
     assert "| DDP | 2 | 125.0 | 1.250 | 1,600 | 1.00 | 5.0000 | 2, step 7 |" in text
     assert "| dense, DDP | 2 | 400.0 | 2.000 | 500 | 1.00 | 5.0000 | - |" in text
     assert "| ZeRO-3, eager | 1 | 100.0 | nan | " in text, "one device was not run eagerly"
