@@ -6,7 +6,7 @@
 # seeds      every method at its best rate, seeds 0 to 2; checkpoints stay below /tmp/gpt2-runs
 # medium     dense, SLoPe and transposable, 40M tokens
 # kernels    200 steps by the compiled kernels and by the reference operations, a CSV of their own
-# zeroshot   scores of those checkpoints (needs the pack `eval`); in the same session of the machine as `seeds`
+# zeroshot   scores of the checkpoints of seed 2, side by side (needs the pack `eval`); in the same session of the machine
 # levers     one lever at a time on transposable masks, a CSV of their own
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -44,7 +44,8 @@ case ${2:?seeds, medium, kernels, zeroshot or levers} in
     ;;
   zeroshot)
     keep
-    compare novels --methods "${methods[@]}" --best-rates --seeds 0 --checkpoints --zeroshot "$SLOPE_DATA_DIR/zeroshot"
+    compare novels --methods "${methods[@]}" --best-rates --seeds 2 --checkpoints --zeroshot "$SLOPE_DATA_DIR/zeroshot" \
+      --gpus 0 0 0 0 1 1 1 1
     ;;
   levers)
     base="novels_transposable.yaml --model.slope.adapter_rank"

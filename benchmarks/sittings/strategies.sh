@@ -4,7 +4,7 @@
 #   bash benchmarks/sittings/strategies.sh COMMIT {trace|one|two|tests}
 #
 # trace     where a step goes under FSDP2 and ZeRO-2, dense and sparse, on one GPU (5 min)
-# one       by one process each, dense siblings too; one CSV a GPU (7 min)
+# one       FSDP2, ZeRO-2 and ZeRO-3 by one process each, dense siblings too; one CSV a GPU (7 min)
 # two       by two processes (5 min)
 # tests     tests/gpu of strategies and of plans on GPU 0, the others on GPU 1 (7 min)
 set -uo pipefail
@@ -42,8 +42,8 @@ case ${2:?trace, one, two or tests} in
     } &
     ;;
   one)
-    runner 0 one-a --strategies "single device" FSDP2 DDP --dense FSDP2 DDP &
-    runner 1 one-b --strategies "single device" ZeRO-2 "ZeRO-2 unchecked" ZeRO-3 --dense ZeRO-2 ZeRO-3 &
+    runner 0 one-a --strategies "single device" FSDP2 ZeRO-3 --dense FSDP2 ZeRO-3 &
+    runner 1 one-b --strategies "single device" ZeRO-2 "ZeRO-2 unchecked" --dense ZeRO-2 &
     ;;
   two)
     runner 0,1 two --devices 2 --strategies "single device" ZeRO-3 ZeRO-2 DDP FSDP2 &
