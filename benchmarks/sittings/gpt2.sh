@@ -21,7 +21,7 @@ compare() { # CSV, arguments
 }
 
 keep() { # earlier rows, so that nothing is made twice; rows of an earlier call on this machine come first
-  for file in novels.csv novels-curves.csv novels-adapters.csv novels-zeroshot.csv; do
+  for file in novels.csv novels-curves.csv novels-adapters.csv novels-zeroshot.csv kernels.csv kernels-curves.csv levers.csv levers-curves.csv; do
     [ -f "/tmp/gpt2-rows/$file" ] && cp "/tmp/gpt2-rows/$file" "$OUT/" && continue
     [ -f "recipes/gpt2/results/$file" ] && cp "recipes/gpt2/results/$file" "$OUT/"
   done
@@ -38,6 +38,7 @@ case ${2:?seeds, medium, kernels, zeroshot or levers} in
     compare novels --methods dense@9e-4 "slope r=0@1.2e-3" "transposable r=0@1.8e-3" --model.size medium
     ;;
   kernels)
+    keep
     short=(--trainer.max_steps 200 --trainer.val_check_interval 200)
     compare kernels --curve-every 1 --rates 1.8e-3 --methods "slope r=0" "emulated r=0" \
       --add "emulated r=0: novels_slope.yaml --model.slope.adapter_rank 0 --model.slope.backend reference" "${short[@]}"
@@ -48,6 +49,7 @@ case ${2:?seeds, medium, kernels, zeroshot or levers} in
       --gpus 0 0 0 0 1 1 1 1
     ;;
   levers)
+    keep
     base="novels_transposable.yaml --model.slope.adapter_rank"
     compare levers --rates 2.7e-3 \
       --add "no lever: $base 0" \

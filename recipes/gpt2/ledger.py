@@ -44,6 +44,8 @@ class Result:
     cusparselt: str
     slope_pl: str
     commit: str
+    text: str
+    """Name, number and digest of its tokens."""
 
     @classmethod
     def of(cls, found: dict[str, Any], **run: Any) -> "Result":
@@ -60,6 +62,7 @@ class Result:
             resetups=found["resetups"] or 0,
             switched_at_step=-1 if found["woke_at_step"] is None else found["woke_at_step"],
             **found["environment"],
+            text=found["text"],
         )
 
 

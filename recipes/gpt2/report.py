@@ -20,15 +20,15 @@ def report(results: Sequence[Result]) -> str:
     """One table for each set of arguments that runs had in common, in the order of the file."""
     if not results:
         return "No results yet."
-    return "\n\n".join(_table(own, shared) for (_, _, shared), own in _comparable(results).items())
+    return "\n\n".join(_table(own, shared) for (_, _, shared, _), own in _comparable(results).items())
 
 
-def _comparable(results: Sequence[Result]) -> dict[tuple[str, int, str], list[Result]]:
-    """Runs that can be compared, by family, number of steps, and the arguments that all of them were given."""
+def _comparable(results: Sequence[Result]) -> dict[tuple[str, int, str, str], list[Result]]:
+    """Runs that can be compared, by family, number of steps, the arguments that all of them were given, and the text."""
     shared = shared_arguments(results)
-    found: dict[tuple[str, int, str], list[Result]] = defaultdict(list)
+    found: dict[tuple[str, int, str, str], list[Result]] = defaultdict(list)
     for result in results:
-        found[result.family, result.steps, shared[result.settings]].append(result)
+        found[result.family, result.steps, shared[result.settings], result.text].append(result)
     return found
 
 
@@ -52,7 +52,7 @@ def _table(results: Sequence[Result], shared: str) -> str:
     notes = [f"{results[0].family}: {results[0].steps:,} steps, {results[0].tokens:,} tokens a run{given}. "]
     if edges:
         notes.append("\\* the best rate is the lowest or highest tried: a better one may lie beyond. ")
-    for name in ("gpu", "torch", "commit"):
+    for name in ("gpu", "torch", "commit", "text"):
         found = [*dict.fromkeys(getattr(r, name) for r in results)]
         notes.append(f"{name.capitalize()}: {', '.join(found)}. ")
     return "\n".join([*lines, "", "".join(notes).strip()])
@@ -67,7 +67,7 @@ def draw(file: Path) -> str:
     """
     results, curves = read(file), read_curves(file)
     lines = []
-    for number, ((_, _, shared), own) in enumerate(_comparable(results).items(), 1):
+    for number, ((_, _, shared, _), own) in enumerate(_comparable(results).items(), 1):
         picture = file.with_name(f"{file.stem}-curves{f'-{number}' if number > 1 else ''}.svg")
         title = f"GPT-2{f' ({shared})' if shared else ''}, {', '.join(dict.fromkeys(r.gpu for r in own))}"
         lines += _draw(picture, own, curves, title)

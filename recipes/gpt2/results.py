@@ -15,6 +15,7 @@ from recipes.results import Events, RunTable, collect, loss_table, meter_of
 from slope_pl import sparsity_report
 from slope_pl.baselines import FSTConfig, masked_layers
 from slope_pl.baselines.callback import BaselineCallback
+from slope_pl.data import TextDataModule
 
 
 class ResultTable(RunTable):
@@ -52,7 +53,7 @@ class ResultTable(RunTable):
         if isinstance(pl_module, GPT2Pretraining):
             result["model"] = pl_module.method
         machine = environment(trainer.strategy.root_device)  # the model itself is on the CPU by now
-        return result | {"environment": asdict(machine)} | Meter.measured(meter)
+        return result | {"environment": asdict(machine), "text": text_of(trainer)} | Meter.measured(meter)
 
     def above(self, trainer: pl.Trainer, pl_module: pl.LightningModule, result: dict[str, Any], folder: Path) -> None:
         """Curve and sample."""
@@ -65,6 +66,15 @@ class ResultTable(RunTable):
         if (text := self._sample) is not None:
             print("\nSample text:\n" + textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="  "))
         result["sample"] = text
+
+
+def text_of(trainer: pl.Trainer) -> str:
+    """Name, number and digest of the tokens that a run was trained on and validated with; empty for other data."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, TextDataModule):
+        return ""
+    tokens = sum(split.tokens for split in data.index.splits.values())
+    return f"{Path(data.source).name}, {tokens:,} tokens, {data.index.digest}"
 
 
 def _events(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Events | None:

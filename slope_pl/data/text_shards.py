@@ -5,6 +5,7 @@ vocabularies that need it), without a header, so that any program can map them. 
 ``shard_tokens`` tokens. Documents follow each other, each with its end-of-text token behind it, across shards.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -142,6 +143,12 @@ class ShardIndex:
                     raise ValueError(
                         f"{shard.file} has {shard.tokens!r} tokens, expected {least} to shard_tokens={self.shard_tokens}"
                     )
+
+    @property
+    def digest(self) -> str:
+        """Eight hexadecimal digits of the shards of both splits: the same tokens, split alike, give the same ones."""
+        parts = [f"{name} {shard.sha256}" for name in SPLITS for shard in self.splits[name].shards]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
 
     def check_files(self, folder: Path, content: bool) -> None:
         """Check every shard.

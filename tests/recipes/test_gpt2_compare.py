@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import re
 import shlex
 import threading
 from pathlib import Path
@@ -43,7 +44,7 @@ def row(**changes) -> Result:
         **{"run": "", "family": "novels", "method": "dense", "settings": "novels_dense.yaml", "rate": 1e-3, "seed": 0},
         **{"val_loss": 4.0, "steps": 10, "tokens": 1000, "tokens_per_second": 100.0, "seconds": 10.0},
         **{"peak_bytes": 2**30, "resetups": 0, "switched_at_step": -1, "gpu": "G", "driver": "d", "torch": "2"},
-        **{"cuda": "13", "cusparselt": "none", "slope_pl": "0", "commit": "c"},
+        **{"cuda": "13", "cusparselt": "none", "slope_pl": "0", "commit": "c", "text": "t"},
     )
     found = dataclasses.replace(base, **changes)
     return dataclasses.replace(found, run=f"{found.settings} {found.rate} {found.seed}")
@@ -122,6 +123,7 @@ def test_runs_resume_and_report(arguments, tmp_path, capfd):
     assert (first.method, first.rate, first.seed, first.steps, first.tokens) == ("dense", 1e-3, 0, 4, 4 * 16 * 32)
     assert first.commit == "abc1234"
     assert first.torch == torch.__version__
+    assert re.fullmatch(r"stories\.txt, [\d,]{6,} tokens, [0-9a-f]{8}", first.text)
     assert 6 < first.val_loss < 7
 
     assert compare.main(arguments) == 0

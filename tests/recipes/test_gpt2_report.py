@@ -134,6 +134,18 @@ def test_two_sizes_in_a_file_are_two_tables_and_two_pictures(tmp_path):
         assert "loss minus that of" in picture
 
 
+def test_two_texts_in_a_file_are_two_tables(tmp_path):
+    rows = [
+        row(rate=rate, text=text, val_loss=loss)
+        for text, rate, loss in (("a", 1e-3, 4.0), ("a", 2e-3, 3.0), ("b", 1e-3, 2.0))
+    ]
+    first, second = report.report(rows).split("\n\n| method")
+    assert "| dense | 0.002* | 1 | 3.0000 |" in first
+    assert first.endswith("Text: a.")
+    assert "| dense | 0.001* | 1 | 2.0000 |" in second
+    assert second.endswith("Text: b.")
+
+
 def test_a_method_of_the_readers_own_is_not_compared_with_another_size():
     """Even where it is the only one of its size."""
     results = [

@@ -18,7 +18,7 @@ RESULT = Result(
     **{"run": "", "family": "strategies", "method": "", "settings": "", "rate": 1.8e-3, "seed": 0, "val_loss": 5.0},
     **{"steps": 10, "tokens": 1000, "tokens_per_second": 1000.0, "seconds": 10.0, "peak_bytes": 2**30, "resetups": 2},
     **{"switched_at_step": 7, "gpu": "G", "driver": "d", "torch": "2", "cuda": "13", "cusparselt": "none"},
-    **{"slope_pl": "0", "commit": "c"},
+    **{"slope_pl": "0", "commit": "c", "text": "t"},
 )
 
 

@@ -1,6 +1,7 @@
 import copy
 import logging
 import pickle
+import re
 
 import lightning.pytorch as pl
 import pytest
@@ -335,6 +336,15 @@ def test_prepared_once(text, ready, monkeypatch, caplog):
         text(subset="en", split="test").prepare_data()
     assert "subset='en', split='test' has no effect" in caplog.text
     assert len(pickle.loads(pickle.dumps(first)).train_windows) == len(first.train_windows)
+
+
+def test_a_digest_tells_texts_and_splits_apart(ready, place, tmp_path):
+    first = ready()
+    assert re.fullmatch("[0-9a-f]{8}", first.index.digest)
+    assert ready(cache_dir=str(tmp_path / "again")).index.digest == first.index.digest
+    write_corpus(tmp_path / "other.txt", [*some_documents(40)[:-1], "another end"])
+    others = [ready(source=str(tmp_path / "other.txt")), ready(val_fraction=0.4)]
+    assert len({module.index.digest for module in (first, *others)}) == 3
 
 
 def test_a_prepared_folder_is_a_source(text, ready, place, toy, tmp_path):  # noqa: F811
