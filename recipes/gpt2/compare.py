@@ -10,12 +10,15 @@ order and begin with the same weights. Options that are not the runner's own go 
 """
 
 import argparse
+import json
 import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -135,13 +138,14 @@ def run_all(options: argparse.Namespace, overrides: list[str]) -> int:
         raise SystemExit(
             "--in-process with --gpus: runs side by side are processes of their own; leave one of them out"
         )
-    lanes = [launching.one_gpu(index) for index in options.gpus or ()] or [{}]
+    gpus = options.gpus or ()
+    lanes = [Lane(launching.one_gpu(gpu), options.runs / f"lane-{i}.lock") for i, gpu in enumerate(gpus)] or [Lane({})]
     seconds: dict[str, float] = {}
     for result in results:
         seconds[result.settings] = max(result.seconds + SECONDS_AROUND_FIT, seconds.get(result.settings, 0.0))
     queue = Queue(missing, options.budget_minutes, began, seconds)
     with ThreadPoolExecutor(len(lanes)) as pool:
-        for work in [pool.submit(_work, queue, lane, location, options) for lane in lanes]:
+        for work in [pool.submit(Worker(queue, lane, location, options).work) for lane in lanes]:
             work.result()
     if queue.plans:
         print(
@@ -154,28 +158,90 @@ def run_all(options: argparse.Namespace, overrides: list[str]) -> int:
         )
     if zeroshot is not None:
         budget = options.budget_minutes, began
-        queue.failed += score_runs(wanted, options.csv, lambda plan: run_folder(plan, options), zeroshot, lanes, budget)
+        environments = [lane.environment for lane in lanes]
+        queue.failed += score_runs(
+            wanted, options.csv, lambda plan: run_folder(plan, options), zeroshot, environments, budget
+        )
     if failed := queue.failed:
         print(f"{len(failed)} runs failed: {'; '.join(failed)}. The same command makes them again.")
     return min(len(failed), 1)
 
 
-def _work(queue: Queue, lane: Mapping[str, str], location: Sequence[str], options: argparse.Namespace) -> None:
-    """Make runs one after the other, with a lane's environment, until the queue gives none."""
-    while (plan := queue.take()) is not None:
-        label = plan.label
-        began = time.perf_counter()
+@dataclass(frozen=True)
+class Lane:
+    """Where runs are made one after the other.
+
+    Attributes:
+        environment: set for the runs' processes.
+        turn: lock by which a run that gets ready waits for the one that trains; without, none is begun before.
+    """
+
+    environment: Mapping[str, str]
+    turn: Path | None = None
+
+
+class _Run(NamedTuple):
+    plan: Plan
+    outcome: "Future[tuple[Result, Curve, Path, float]]"
+    """With the seconds that it took of its lane."""
+
+
+class Worker:
+    """Makes the runs of a lane until the queue gives none.
+
+    Args:
+        queue: of all lanes.
+        lane: its own.
+        location: arguments that say where the text is.
+        options: of the runner.
+    """
+
+    def __init__(self, queue: Queue, lane: Lane, location: Sequence[str], options: argparse.Namespace) -> None:
+        self._queue, self._lane, self._location, self._options = queue, lane, location, options
+
+    def work(self) -> None:
+        """Make them; where the lane has a lock, the next one begins to get ready with the one before it."""
+        with ThreadPoolExecutor(2) as pool:
+            while (plan := self._queue.take()) is not None:
+                current: _Run | None = self._begin(pool, plan)
+                while current is not None:
+                    following = self._following(current.plan)
+                    ready = None if following is None else self._begin(pool, following)
+                    self._finish(current)
+                    current = ready
+
+    def _begin(self, pool: ThreadPoolExecutor, plan: Plan) -> "_Run":
+        def run() -> tuple[Result, Curve, Path, float]:
+            began = time.perf_counter()
+            result, curve, trace = train(
+                plan, self._location, self._options, self._lane.environment, turn=self._lane.turn
+            )
+            took = time.perf_counter() - began
+            # What waits for its turn takes no time of its own before.
+            return result, curve, trace, min(took, result.seconds + SECONDS_AROUND_FIT) if self._lane.turn else took
+
+        return _Run(plan, pool.submit(run))
+
+    def _following(self, plan: Plan) -> Plan | None:
+        """What is to get ready while ``plan`` runs."""
+        if self._lane.turn is None:
+            return None
+        expected = self._queue.expected(plan)
+        return None if expected is None else self._queue.take(free_at=time.perf_counter() + expected)
+
+    def _finish(self, run: "_Run") -> None:
+        queue, label = self._queue, run.plan.label
         try:
-            result, curve, trace = train(plan, location, options, lane)
+            result, curve, trace, seconds = run.outcome.result()
         except RunError as error:
             queue.failed.append(label)
             print(f"{label} FAILED: {error}", flush=True)
-            continue
+            return
         with queue.lock:
-            append_curve(options.csv, curve)  # first: a run counts as done once its row is there
-            queue.traced += append_trace(options.csv, result.run, trace)
-            append_row(options.csv, result)
-            queue.took(plan, time.perf_counter() - began)
+            append_curve(self._options.csv, curve)  # first: a run counts as done once its row is there
+            queue.traced += append_trace(self._options.csv, result.run, trace)
+            append_row(self._options.csv, result)
+            queue.took(run.plan, seconds)
         print(
             f"{label}: loss {result.val_loss:.4f}, {result.tokens_per_second:,.0f} tokens/s, {result.seconds:.0f} s",
             flush=True,
@@ -196,15 +262,21 @@ def _name_untraced(file: Path, results: Sequence[Result], wanted: Sequence[Plan]
 
 
 def command_line(
-    plan: Plan, location: Sequence[str], folder: Path, checkpoints: bool, trace: bool = False
+    plan: Plan,
+    location: Sequence[str],
+    folder: Path,
+    checkpoints: bool,
+    trace: bool = False,
+    turn: Path | None = None,
 ) -> list[str]:
     """Arguments of recipes.gpt2.pretrain for one run."""
     config, *arguments = shlex.split(plan.settings)
     tracing = ["recipes.adapters.AdapterTrace"] if trace else []
-    callbacks = ["recipes.meter.Meter", *tracing, "recipes.gpt2.results.ResultTable"]
+    waiting = [] if turn is None else [{"class_path": "recipes.turns.Turn", "init_args": {"file": str(turn)}}]
+    callbacks = [*waiting, "recipes.meter.Meter", *tracing, "recipes.gpt2.results.ResultTable"]
     return [
         *("fit", "--config", str(HERE / config), *location),
-        *("--trainer.callbacks", f"[{', '.join(callbacks)}]"),
+        *("--trainer.callbacks", json.dumps(callbacks)),
         *("--trainer.enable_checkpointing", str(checkpoints).lower(), "--trainer.enable_progress_bar", "false"),
         *("--trainer.logger.init_args.save_dir", str(folder), "--model.sample_tokens", "0"),
         *arguments,
@@ -219,7 +291,11 @@ def run_folder(plan: Plan, options: argparse.Namespace) -> Path:
 
 
 def train(
-    plan: Plan, location: Sequence[str], options: argparse.Namespace, environment: Mapping[str, str]
+    plan: Plan,
+    location: Sequence[str],
+    options: argparse.Namespace,
+    environment: Mapping[str, str],
+    turn: Path | None = None,
 ) -> tuple[Result, Curve, Path]:
     """Make one run and read what it left; the path is that of its adapters' trace, if it left one.
 
@@ -228,9 +304,12 @@ def train(
         location: arguments that say where the text is.
         options: of the runner.
         environment: set for the run's process.
+        turn: lock that it waits for before it trains.
     """
     folder = run_folder(plan, options)
-    arguments = command_line(plan, location, folder, options.checkpoints, options.trace_adapters)
+    arguments = command_line(
+        plan, location, folder, options.checkpoints, options.trace_adapters, turn and turn.absolute()
+    )
     file, found = launching.train_and_read(
         "recipes.gpt2.pretrain", pretrain, arguments, folder, options.in_process, launching.one_thread(), environment
     )

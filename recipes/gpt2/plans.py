@@ -209,15 +209,29 @@ class Queue:
         self._end = math.inf if budget_minutes is None else began + 60 * budget_minutes
         self._seconds = dict(seconds or {})
 
-    def take(self) -> Plan | None:
-        """The next run that would end in time, if there is one; the first run of a sitting is always begun."""
+    def take(self, free_at: float = -math.inf) -> Plan | None:
+        """The next run that would end in time, if there is one; the first run of a sitting is always begun.
+
+        Args:
+            free_at: when another run ends that it has to wait for, by ``time.perf_counter()``.
+        """
         with self.lock:
-            left = self._end - time.perf_counter()
+            left = self._end - max(time.perf_counter(), free_at)
+            first = not self.longest and math.isinf(free_at)
             for plan in self.plans:
-                if not self.longest or self._seconds.get(plan.settings, self.longest) <= left:
+                known = self._known(plan)
+                if first or left == math.inf or (known is not None and known <= left):
                     self.plans.remove(plan)
                     return plan
             return None
+
+    def expected(self, plan: Plan) -> float | None:
+        """Seconds that a run will take, if that is known; without a limit it does not matter."""
+        with self.lock:
+            return 0.0 if self._end == math.inf else self._known(plan)
+
+    def _known(self, plan: Plan) -> float | None:
+        return self._seconds.get(plan.settings, self.longest or None)
 
     def took(self, plan: Plan, seconds: float) -> None:
         """Remember how long a run took, start and end of its process included."""

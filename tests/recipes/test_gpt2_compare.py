@@ -54,7 +54,7 @@ def test_runs_side_by_side(arguments, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 7")
     both, made = threading.Barrier(2, timeout=30), []
 
-    def one(plan, location, options, environment):
+    def one(plan, location, options, environment, turn):
         if len(made) < 2:
             made.append((plan.rate, environment["CUDA_VISIBLE_DEVICES"]))
             both.wait()  # fails if they are not at the same time
@@ -67,7 +67,7 @@ def test_runs_side_by_side(arguments, tmp_path, monkeypatch, capfd):
 
     monkeypatch.setattr(compare, "train", one)
     arguments.remove("--in-process")
-    assert compare.main([*arguments, "--gpus", "0", "1"]) == 1
+    assert compare.main([*arguments, "--gpus", "0", "1", "--budget-minutes", "9"]) == 1
     assert {gpu for _, gpu in made} == {"4", "7"}
     assert sorted(rate for rate, _ in made) == [1e-3, 1e-3, 2e-3, 2e-3]
     assert len(read(tmp_path / "my.csv")) == 2
@@ -97,6 +97,52 @@ def test_a_run_is_begun_if_one_of_its_kind_would_end_in_time(monkeypatch):
     now[0] = 100.0
     assert queue.take() is long
     assert queue.take() is new
+
+
+def test_what_gets_ready_waits_for_another_run_within_the_limit(monkeypatch):
+    monkeypatch.setattr(module.time, "perf_counter", lambda: 100.0)
+    one, two = (Plan("tiny", name, f"{name}.yaml", 1e-3, 0) for name in ("dense", "slope"))
+    queue = Queue([one, two], 5, began=100.0, seconds={"dense.yaml": 200.0})
+    assert queue.expected(two) is None
+    assert queue.take(free_at=201.0) is None, "one ends too late, and of two nothing is known"
+    assert queue.take(free_at=199.0) is one
+    queue.took(one, 50.0)
+    assert queue.expected(one) == 200.0
+    assert queue.expected(two) == 50.0
+    assert queue.take(free_at=351.0) is None
+    assert queue.take(free_at=349.0) is two
+    without_limit = Queue([one, two], None, began=100.0)
+    assert without_limit.expected(one) == 0.0
+    assert without_limit.take(free_at=1e9) is one
+
+
+def test_the_next_run_gets_ready_while_one_trains(arguments, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    both, made = threading.Barrier(2, timeout=30), []
+
+    def one(plan, location, options, environment, turn):
+        made.append(turn)
+        if len(made) < 3:
+            both.wait()
+        result = row(settings=plan.settings, rate=plan.rate, method=plan.method)
+        return result, Curve(result.run, [(1, 1, 5.0, math.nan)]), tmp_path / "no trace"
+
+    monkeypatch.setattr(compare, "train", one)
+    arguments.remove("--in-process")
+    assert compare.main([*arguments, "--gpus", "0"]) == 0
+    assert made == [tmp_path / "runs" / "lane-0.lock"] * 4
+    assert len(read(tmp_path / "my.csv")) == 4
+
+
+def test_processes_take_turns(arguments, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    arguments.remove("--in-process")
+    arguments[arguments.index("2e-3") : arguments.index("2e-3") + 1] = []
+    assert compare.main([*arguments, "--gpus", "0"]) == 0
+    assert len(read(tmp_path / "my.csv")) == 2
+    assert (tmp_path / "runs" / "lane-0.lock").exists()
+    for log in (tmp_path / "runs").glob("*/log.txt"):
+        assert "recipes.turns.Turn" in log.read_text().splitlines()[0]
 
 
 def test_a_lane_sets_the_environment_of_its_runs(tmp_path, monkeypatch):
