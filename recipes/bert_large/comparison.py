@@ -8,18 +8,13 @@ import argparse
 import importlib
 import itertools
 import json
-import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from recipes import children, launching
+from recipes import launching
 from recipes.bert_large.ledger import Result, read
 from recipes.bert_large.methods import (
     FADE,
@@ -32,11 +27,11 @@ from recipes.bert_large.methods import (
     first_stage,
     method_arguments,
 )
+from recipes.bert_large.workers import Workers
 from recipes.launching import RunError
 from recipes.ledger import append_row
 
 BestRates = Callable[[Sequence[Result]], Mapping[tuple[str, str, str], float]]
-_RUNS_A_PROCESS = 100  # then a fresh one: what leaks in a library stays bounded
 _STARTS = "starts"
 
 
@@ -194,31 +189,24 @@ def run_all(
         return 0
     failed: list[str] = []
     left = 0
-    with _executor(options.jobs, options.in_process) as pool:
-        for stage, batch in enumerate([*stages, missing]):
-            last = stage == len(stages)
-            todo = [run for run in batch if (run not in done if last else _start_of(job, run) is None)]
-            waiting = {pool.submit(make, run, job, dense_rates.get(run.task, 0.0), not last): run for run in todo}
-            try:
-                for future in as_completed(waiting):
-                    run = waiting[future]
-                    try:
-                        result = future.result()
-                    except (RunError, BrokenExecutor) as error:
-                        failed.append(str(run))
-                        print(f"{run} FAILED: {error or type(error).__name__}", flush=True)
-                        continue
-                    if result is None:
-                        left += 1
-                        continue
-                    if run.method != "fade" and run not in done:
-                        append_row(options.csv, result)
-                        done.add(run)
-                    print(f"{run}: score {result.score:.2f}, {result.samples_per_second:,.0f} rows/s, "
-                          f"{result.seconds:.0f} s", flush=True)  # fmt: skip
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C must not begin the runs that wait
-                raise
+    workers: Workers[Run, Result | None] = Workers(options.jobs, options.in_process)
+    for stage, batch in enumerate([*stages, missing]):
+        last = stage == len(stages)
+        todo = [run for run in batch if (run not in done if last else _start_of(job, run) is None)]
+        for run, result in workers.outcomes(
+            make, {run: (run, job, dense_rates.get(run.task, 0.0), not last) for run in todo}
+        ):
+            if isinstance(result, RunError):
+                failed.append(str(run))
+                print(f"{run} FAILED: {result}", flush=True)
+            elif result is None:
+                left += 1
+            else:
+                if run.method != "fade" and run not in done:
+                    append_row(options.csv, result)
+                    done.add(run)
+                print(f"{run}: score {result.score:.2f}, {result.samples_per_second:,.0f} rows/s, "
+                      f"{result.seconds:.0f} s", flush=True)  # fmt: skip
     if left:
         print(f"The {options.budget_minutes:g} minutes are over, {left} runs are left. The same command goes on.")
     if failed:
@@ -326,21 +314,3 @@ def _needed(job: Job, run: Run) -> Start:
     if start is None:
         raise RunError(f"{run}, which it starts from, is not there")
     return start
-
-
-def _executor(jobs: int, in_process: bool) -> Executor:
-    if not in_process or jobs == 1:
-        return ThreadPoolExecutor(jobs)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    return ProcessPoolExecutor(
-        jobs,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_begin_worker,
-        initargs=(threads,),
-        max_tasks_per_child=_RUNS_A_PROCESS,
-    )
-
-
-def _begin_worker(threads: int) -> None:
-    children.end_with_parent()
-    torch.set_num_threads(threads)

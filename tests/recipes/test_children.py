@@ -37,7 +37,7 @@ sys.exit(answering_signals(main))
 WORKER = """
 import multiprocessing, os, time
 from concurrent.futures import ProcessPoolExecutor
-from recipes.bert_large.comparison import _begin_worker
+from recipes.bert_large.workers import _begin_worker
 
 def busy(seconds):
     print("worker", os.getpid(), flush=True)
