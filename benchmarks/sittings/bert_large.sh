@@ -16,15 +16,15 @@ pretrain() { # GPU, sibling, phase, arguments
     --config "recipes/bert_large/pretrain_phase$3_novels$2.yaml" --data.source "$SLOPE_DATA_DIR/text/novels.txt.xz" \
     --data.tokenizer "$SLOPE_DATA_DIR/tokenizers/bert-base-uncased-vocab.txt" --trainer.enable_progress_bar false \
     --trainer.logger.init_args.save_dir "/tmp/bert/phase$3$2" "${@:4}" > "$OUT/phase$3$2.log" 2>&1 || return
-  cp "$(find "/tmp/bert/phase$3$2" -name result.json | tail -n 1)" "$OUT/phase$3$2.json"
-  cp "$(find "/tmp/bert/phase$3$2" -name 'events.out.*' | tail -n 1)" "$OUT/phase$3$2.tfevents"
+  cp "$(find "/tmp/bert/phase$3$2" -name result-fit.json | tail -n 1)" "$OUT/phase$3$2.json" &&
+    cp "$(find "/tmp/bert/phase$3$2" -name 'events.out.*' | tail -n 1)" "$OUT/phase$3$2.tfevents"
 }
 
-finetune() { # GPU, sibling, methods
+finetune() { # GPU, sibling, methods and what else they take
   local weights
   weights=$(newest "phase2$2")
   local vocabulary=$SLOPE_DATA_DIR/tokenizers/bert-base-uncased-vocab.txt
-  local common=(--weights "$weights" --methods "$3" --budget-minutes 8 --data.tokenizer "$vocabulary")
+  local common=(--weights "$weights" --methods "${@:3}" --budget-minutes 8 --data.tokenizer "$vocabulary")
   CUDA_VISIBLE_DEVICES=$1 timeout -k 20 580 $PY -m recipes.bert_large.glue_all --config glue_base.yaml --csv "$OUT/glue$2.csv" \
     --runs "/tmp/bert/glue$2" --data "$SLOPE_DATA_DIR/glue" --tasks mrpc rte "${common[@]}" > "$OUT/glue$2.log" 2>&1 &&
     CUDA_VISIBLE_DEVICES=$1 timeout -k 20 580 $PY -m recipes.bert_large.compare --config base.yaml --csv "$OUT/squad$2.csv" \
@@ -43,11 +43,14 @@ case $stage in
     ;;
   finetune)
     finetune 0 _dense dense &
-    finetune 1 "" sparse &
+    finetune 1 "" sparse --ranks 16 & # as in phase 2, whose adapters are awake
     ;;
   *) echo "$2: phase1, phase2 or finetune is expected" >&2; exit 2 ;;
 esac
 status=0
 for job in $(jobs -p); do wait "$job" || status=1; done
 tail -n 30 "$OUT"/*.log
+if [ "$stage" = finetune ]; then # many small files
+  (cd "$OUT" && tar -czf finetune.tar.gz ./*.csv ./*.md ./*.log && rm -f ./*.csv ./*.md ./*.log)
+fi
 exit $status
