@@ -35,6 +35,8 @@ class Turn(pl.Callback):
 
     def _leave(self) -> None:
         if self._descriptor is not None:
+            # Closing it would not do: a data or compile worker that was forked meanwhile has it open as well.
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             os.close(self._descriptor)
             self._descriptor = None
 

@@ -32,6 +32,18 @@ def test_a_run_that_is_through_holds_nobody_up(tmp_path, leave):
     assert pickle.loads(pickle.dumps(second))._descriptor is None
 
 
+def test_nor_does_one_whose_worker_was_forked_and_lives_on(tmp_path):
+    first = Turn(str(tmp_path / "lock"))
+    first.on_fit_start(None, None)
+    copy = os.dup(first._descriptor)  # as a forked process has it
+    first.on_fit_end(None, None)
+    second = threading.Thread(target=Turn(str(tmp_path / "lock")).on_fit_start, args=(None, None), daemon=True)
+    second.start()
+    second.join(30)
+    assert not second.is_alive()
+    os.close(copy)
+
+
 def die(file):
     Turn(file).on_fit_start(None, None)
     os._exit(1)
