@@ -3,16 +3,17 @@
 #
 #   bash benchmarks/sittings/gpt2.sh COMMIT {seeds|medium|kernels|zeroshot|levers} [MINUTES]
 #
-# seeds      every method at its best rate, seeds 0 to 2; checkpoints stay below /tmp/gpt2-runs
+# seeds      every method at its best rate, seed SEED (3); checkpoints stay below /tmp/gpt2-runs
 # medium     dense, SLoPe and transposable, 40M tokens
 # kernels    200 steps by the compiled kernels and by the reference operations, a CSV of their own
-# zeroshot   scores of the checkpoints of seed 2, side by side (needs the pack `eval`); in the same session of the machine
+# zeroshot   scores of these checkpoints, side by side (needs the pack `eval`); in the same session of the machine
 # levers     one lever at a time on transposable masks, a CSV of their own
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 . benchmarks/sittings/enter.sh "${1:?commit}"
 minutes=${3:-9}
 runs=/tmp/gpt2-runs
+seed=${SEED:-3}
 status=0
 
 compare() { # CSV, arguments
@@ -31,7 +32,7 @@ methods=(dense "slope r=0" "transposable r=0" "slope r=16" "transposable r=16" "
 case ${2:?seeds, medium, kernels, zeroshot or levers} in
   seeds)
     keep
-    compare novels --methods "${methods[@]}" --best-rates --seeds 0 1 2 --checkpoints --trace-adapters
+    compare novels --methods "${methods[@]}" --best-rates --seeds "$seed" --checkpoints --trace-adapters
     ;;
   medium)
     keep
@@ -45,7 +46,7 @@ case ${2:?seeds, medium, kernels, zeroshot or levers} in
     ;;
   zeroshot)
     keep
-    compare novels --methods "${methods[@]}" --best-rates --seeds 2 --checkpoints --zeroshot "$SLOPE_DATA_DIR/zeroshot" \
+    compare novels --methods "${methods[@]}" --best-rates --seeds "$seed" --checkpoints --zeroshot "$SLOPE_DATA_DIR/zeroshot" \
       --gpus 0 0 0 0 1 1 1 1
     ;;
   levers)
