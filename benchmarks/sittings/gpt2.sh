@@ -6,7 +6,8 @@
 # seeds      every method at its best rate, seed SEED (3); checkpoints stay below /tmp/gpt2-runs
 # medium     dense, SLoPe and transposable, 40M tokens
 # kernels    200 steps by the compiled kernels and by the reference operations, a CSV of their own
-# zeroshot   scores of these checkpoints, side by side (needs the pack `eval`); in the same session of the machine
+# zeroshot   scores of these checkpoints, side by side (needs the pack `eval`); in the same session of the machine.
+#            After seeds is through: what that left would be trained four on a GPU, and its tokens/s be wrong
 # levers     one lever at a time on transposable masks, a CSV of their own
 set -uo pipefail
 cd "$(dirname "$0")/../.."

@@ -45,7 +45,7 @@ class Workers(Generic[Key, Outcome]):
             if left and self._jobs == 1:
                 culprit = next(iter(left))
                 del left[culprit]
-                yield culprit, RunError("its process died without a word, twice or more; too little memory?")
+                yield culprit, RunError("its process died without a word; too little memory?")
             elif left:
                 self._jobs //= 2
                 print(
