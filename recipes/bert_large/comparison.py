@@ -22,11 +22,14 @@ from recipes.bert_large.methods import (
     STARTS,
     Place,
     Run,
+    check_recovered,
     check_starts,
     dense_sibling,
     first_stage,
     method_arguments,
+    recovered_checkpoint,
 )
+from recipes.bert_large.pretrain_checkpoint import read_pretraining_checkpoint
 from recipes.bert_large.workers import Workers
 from recipes.launching import RunError
 from recipes.ledger import append_row
@@ -61,6 +64,7 @@ class Job:
         in_process: without a process for each run.
         threads: environment of a process for each run.
         deadline: time (as ``time.time``) after which no run begins.
+        recovered: folder of the checkpoints that recovered starts begin from.
     """
 
     recipe: Recipe
@@ -69,6 +73,7 @@ class Job:
     in_process: bool
     threads: Mapping[str, str]
     deadline: float
+    recovered: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,12 @@ def add_options(parser: argparse.ArgumentParser, rates: str, sweep: str) -> None
     add("--ranks", nargs="+", type=int, default=[0], help="of the adapters of the sparse runs (default: 0)")
     add("--starts", nargs="+", default=["plain"], metavar="START", help="of the sparse runs: plain (default), or some of "
         + "; ".join(f"{name}: {text}" for name, text in STARTS.items()) + "; joined by + (teacher+gradual)")  # fmt: skip
+    add(
+        "--recovered",
+        type=Path,
+        metavar="FOLDER",
+        help="checkpoints that recovered starts begin from: MASK-rRANK.ckpt or MASK.ckpt",
+    )
     add("--fade", type=float, help=f"share of the first stage's steps in a gradual start (default: {FADE:g})")
     add("--sparse-arguments", default="", metavar="'ARGUMENTS'", help="for the sparse runs alone")
     add("--rates", nargs="+", type=float, help=f"peak learning rates; default: {rates}")
@@ -175,9 +186,10 @@ def run_all(
         threads: environment of a process for each run.
     """
     deadline = float("inf") if options.budget_minutes is None else time.time() + 60 * options.budget_minutes
-    job = Job(recipe, place, options.runs.absolute(), options.in_process, threads, deadline)
+    job = Job(recipe, place, options.runs.absolute(), options.in_process, threads, deadline, options.recovered)
     done = {result.run for result in read(options.csv)}
     wanted = list(dict.fromkeys(wanted))  # --seeds 0 0
+    check_recovered(wanted, options.recovered)
     missing = [run for run in wanted if run not in done]
     print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them done.", flush=True)
     stages = _stages(missing, dense_rates)
@@ -244,6 +256,11 @@ def make(run: Run, job: Job, dense_rate: float, keep: bool) -> Result | None:
     elif sibling is not None and "tuned" in run.starts:
         arguments += ["--model.weights", sibling.checkpoint]
         before = sibling.steps
+    elif "recovered" in run.starts:
+        assert job.recovered is not None, "checked before"
+        recovered = recovered_checkpoint(run, job.recovered)
+        arguments += ["--model.weights", str(recovered)]
+        before = read_pretraining_checkpoint(recovered).step
     if sibling is not None and "teacher" in run.starts:
         arguments += ["--model.teacher.checkpoint", sibling.checkpoint]
     found = train(run, job, arguments, keep)

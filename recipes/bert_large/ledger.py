@@ -31,7 +31,7 @@ class Result(Run):
     """Or questions."""
     steps: int
     steps_before: int
-    """Of the dense runs whose weights it started from; not those of a teacher."""
+    """Of the runs whose weights it started from, dense ones or a recovery; not those of a teacher."""
     train_rows_seen: int
     resetups: int
     woke_at_step: int

@@ -2,6 +2,7 @@
 
 import hashlib
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ STARTS = {
     "early": "adapters awake from the first step; runs with adapters only",
     "teacher": "the dense run at its best rate so far teaches",
     "tuned": "from the weights of that dense run, not from pretrained ones",
+    "recovered": "from the checkpoints of pretrain_recover.yaml in --recovered, whose masks they keep",
     "gradual": "a dense stage as long as the sparse one comes first, in which pruned weights fade to zero",
 }
 FADE = 0.5
@@ -206,6 +208,41 @@ def check_starts(names: list[str], fade: float = FADE) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def check_recovered(runs: Iterable[Run], folder: Path | None) -> None:
+    """Before anything is run: whether the checkpoints of recovered starts are there.
+
+    Raises:
+        SystemExit: for one that is not; a folder that has no effect; starts that exclude each other.
+    """
+    wanted = [run for run in runs if "recovered" in run.starts]
+    if folder is not None and not wanted:
+        raise SystemExit(f"--recovered {folder} has no effect without a recovered start: add --starts recovered")
+    for run in wanted:
+        if other := sorted(run.starts & {"tuned", "gradual"}):
+            raise SystemExit(f"--starts {run.start}: a run starts from one place, recovered or {other[0]}")
+        if folder is None:
+            raise SystemExit(
+                f"--starts {run.start} needs --recovered FOLDER, with {run.mask}.ckpt of pretrain_recover.yaml"
+            )
+        recovered_checkpoint(run, folder)
+
+
+def recovered_checkpoint(run: Run, folder: Path) -> Path:
+    """What a recovered start begins from: ``MASK-rRANK.ckpt``, whose adapters are awake, or else ``MASK.ckpt``.
+
+    Raises:
+        SystemExit: if neither is there.
+    """
+    names = [f"{run.mask}-r{run.rank}.ckpt", f"{run.mask}.ckpt"]
+    found = next((folder / name for name in names if (folder / name).exists()), None)
+    if found is None:
+        raise SystemExit(
+            f"--recovered {folder} has neither {' nor '.join(names)}: copy the checkpoint of a run of pretrain_recover.yaml "
+            "there"
+        )
+    return found.absolute()
+
+
 def dense_sibling(run: Run, rate: float) -> Run:
     """The dense run that teaches a run, or whose weights it starts from."""
     return replace(run, method="dense", mask="none", rank=0, start="plain", arguments="", rate=rate)
@@ -231,8 +268,8 @@ def method_arguments(run: Run, configs: tuple[str, str]) -> list[str]:
     arguments = ["--config", str(HERE / configs[0]), *MASKS[run.mask]]
     if run.method == "fade":
         return [*arguments, "--model.fade", str(run.fade)]
-    if "gradual" in run.starts:
-        arguments += ["--model.slope.mask_calibration_batches", "0"]  # masks were chosen in the first stage
+    if run.starts & {"gradual", "recovered"}:
+        arguments += ["--model.slope.mask_calibration_batches", "0"]  # masks were chosen before
     arguments += ["--model.slope.adapter_rank", str(run.rank)]
     arguments += ["--model.slope.adapter_start_step", "0"] if "early" in run.starts else []
     return [*arguments, *shlex.split(run.arguments)]

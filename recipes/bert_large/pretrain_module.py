@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, Literal, cast
 
 import torch
@@ -13,6 +14,7 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 
 from recipes.bert_large.finetuning import parameter_groups
+from recipes.bert_large.imitation import ImitationConfig, freeze_heads, load_imitated, set_dropout
 from recipes.bert_large.pretrain_checkpoint import (
     load_pretraining_checkpoint,
     read_pretraining_checkpoint,
@@ -21,6 +23,7 @@ from recipes.bert_large.pretrain_checkpoint import (
 from recipes.compiling import compile_blocks, compiled, is_spread, release_blocks
 from slope_pl import SLoPeConfig, SLoPeLightningModule, dense_state_dict, sparse_layers
 from slope_pl.data import MlmDataModule
+from slope_pl.lightning import Distillation
 from slope_pl.models import (
     BertConfig,
     BertForPreTraining,
@@ -67,6 +70,9 @@ class BertPretraining(SLoPeLightningModule):
             masks, a dense one is pruned by its trained weights. Steps, optimizer and schedule begin anew.
         weights: pretrained weights to start from instead: a folder with config.json and model.safetensors, or a hub id.
         slope: how the model is made sparse; null trains it dense.
+        imitation: learn the hidden states of a dense teacher, by default of what the run starts from: a pruned model
+            recovers on plain text. Null: masked words and next sentences alone.
+        dropout: replaces the architecture's rates in this run; its checkpoint names the architecture's own. Null keeps them.
         optimizer: lamb as published, or adamw.
         weight_decay: of matrices and embeddings; biases and norms have none.
         adapter_weight_decay: of the low-rank adapters.
@@ -86,6 +92,8 @@ class BertPretraining(SLoPeLightningModule):
         start_from: str | None = None,
         weights: str | None = None,
         slope: SLoPeConfig | None = None,
+        imitation: ImitationConfig | None = None,
+        dropout: float | None = None,
         optimizer: OptimizerName = "lamb",
         weight_decay: float = 0.01,
         adapter_weight_decay: float = 1e-4,
@@ -105,6 +113,7 @@ class BertPretraining(SLoPeLightningModule):
             ("decay_power", decay_power, decay_power > 0, "a number above 0 (1 is linear)"),
             ("betas", betas, len(betas) == 2 and all(0 <= b < 1 for b in betas), "two numbers from 0 to below 1"),
             ("epsilon", epsilon, epsilon > 0, "a number above 0"),
+            ("dropout", dropout, dropout is None or 0 <= dropout < 1, "0 or more, and below 1, or null"),
             ("optimizer", optimizer, optimizer in ("lamb", "adamw"), "lamb or adamw"),
         ):
             if not good:
@@ -113,6 +122,11 @@ class BertPretraining(SLoPeLightningModule):
             raise ValueError(f"start_from={start_from} and weights={weights} are both set; give one of them")
         self.bert = BertConfig.from_dict(bert) if isinstance(bert, dict) else bert
         self.start_from, self.weights = start_from, weights
+        self.imitation = ImitationConfig(**imitation) if isinstance(imitation, dict) else imitation
+        if self.imitation is not None:
+            self.imitation.source(weights, start_from)
+        self.distillation: Distillation | None = None
+        self.dropout = dropout
         self.learning_rate, self.warmup, self.decay_power = learning_rate, warmup, decay_power
         self.optimizer_name, self.betas, self.epsilon, self.always_adapt = optimizer, betas, epsilon, always_adapt
         self.decay = {"weights": weight_decay, "no_decay": 0.0, "adapters": adapter_weight_decay}
@@ -127,6 +141,8 @@ class BertPretraining(SLoPeLightningModule):
                 "nsp_accuracy": BinaryAccuracy(),
             }
         )
+        if self.imitation is not None:
+            self.val["imitation"] = MeanMetric()
         self.save_hyperparameters()
 
     # ------------------------------------------------------------------------------------------------ model
@@ -137,7 +153,16 @@ class BertPretraining(SLoPeLightningModule):
             self.net = self._build()
             words = self.net.config.vocab_size
             self.val["mlm_accuracy"] = MulticlassAccuracy(words, average="micro", ignore_index=-100)
+            if self.dropout is not None:
+                set_dropout(self.net, self.dropout)
         super().configure_model()
+        if self.imitates_alone:
+            freeze_heads(self.net)
+
+    @property
+    def imitates_alone(self) -> bool:
+        """Whether nothing but hidden states is learnt: the heads stay as they are, and have no scores."""
+        return self.imitation is not None and self.imitation.weight == 1
 
     def _build(self) -> BertForPreTraining:
         # A checkpoint that is about to be restored brings its own weights, and so does load_from_checkpoint.
@@ -168,12 +193,20 @@ class BertPretraining(SLoPeLightningModule):
     def on_fit_start(self) -> None:
         """Fail before the first step where the settings do not fit each other."""
         self._check_data()
+        self._load_imitated()
         if self.wants_compile and not self._compiles():
             rank_zero_info(f"compile=True has no effect on {self.device.type}: the step is compiled on CUDA alone.")
 
     def on_validation_start(self) -> None:
         """Likewise for ``validate``."""
         self._check_data()
+        self._load_imitated()
+
+    def _load_imitated(self) -> None:
+        if self.imitation is not None and self.distillation is None:
+            source = self.imitation.source(self.weights, self.start_from)
+            teacher = load_imitated(source, self._model().config, self._data().vocab_size)
+            self.distillation = Distillation(teacher, "hidden_states", weight=self.imitation.weight)
 
     def _check_data(self) -> None:
         config, data = self._model().config, self._data()
@@ -191,20 +224,39 @@ class BertPretraining(SLoPeLightningModule):
     # ------------------------------------------------------------------------------------------------ steps
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Sum of the two losses."""
+        """Sum of the two losses; with a teacher, the share of its hidden states that is missed."""
+        if self.distillation is not None:
+            return self._imitate(self.distillation, batch)
         loss: PreTrainingLoss = self._training_loss()(self._model(), batch)
         self.log("train/loss", loss.total, prog_bar=True)
         self.log_dict({"train/mlm_loss": loss.masked_words, "train/nsp_loss": loss.next_sentence})
         return loss.total
 
+    def _imitate(self, distillation: Distillation, batch: Batch) -> Tensor:
+        loss, missed, own = self._training_loss()(
+            self._model(), batch, self._taught(batch), distillation.distance, distillation.weight
+        )
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/imitation", missed)
+        if own is not None:
+            self.log_dict({"train/mlm_loss": own.masked_words, "train/nsp_loss": own.next_sentence})
+        return loss
+
+    def _taught(self, batch: Batch) -> Any:
+        assert self.distillation is not None, "with a teacher"
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        inputs = {name: batch[name] for name in names} | {"output_hidden_states": True}
+        return self.distillation.outputs(inputs, like=self._model().bert.embeddings.word_embeddings.weight)
+
     def _training_loss(self) -> Callable[..., Any]:
+        eager = _loss if self.distillation is None else _imitation_loss
         if not self._compiles():
-            return _loss
+            return eager
         if self._compiled is None and is_spread(self._model()):
             compile_blocks(self._model())
-            self._compiled = _loss
+            self._compiled = eager
         elif self._compiled is None:
-            self._compiled = compiled(_loss)
+            self._compiled = compiled(eager)
         return self._compiled
 
     def _compiles(self) -> bool:
@@ -212,10 +264,15 @@ class BertPretraining(SLoPeLightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect losses and accuracies: words count by number, whatever the batches' sizes."""
-        output = self(batch)
+        metrics = self._metrics()
+        output = _forward(self._model(), batch, states=self.distillation is not None)
+        if self.distillation is not None:
+            missed = self.distillation.distance(output, self._taught(batch), batch["attention_mask"])
+            metrics["imitation"].update(missed, batch["attention_mask"].sum())
+        if self.imitates_alone:
+            return
         labels, following = batch["masked_labels"], batch["next_sentence_label"]
         loss = pretraining_loss(output, labels, following)
-        metrics = self._metrics()
         metrics["mlm_loss"].update(loss.masked_words, (labels != -100).sum())
         metrics["nsp_loss"].update(loss.next_sentence, len(following))
         metrics["mlm_accuracy"].update(output.prediction_logits.argmax(-1).flatten(), labels.flatten())
@@ -225,9 +282,12 @@ class BertPretraining(SLoPeLightningModule):
         return cast("dict[str, Metric]", dict(self.val.items()))
 
     def on_validation_epoch_end(self) -> None:
-        """Log losses (nats) and accuracies (shares), over all ranks."""
-        found = {f"val/{name}": metric.compute() for name, metric in self._metrics().items()}
-        found["val/loss"] = found["val/mlm_loss"] + found["val/nsp_loss"]
+        """Log losses (nats) and accuracies (shares), over all ranks; ``val/loss`` is of the heads, where they learn."""
+        metrics = self._metrics()
+        measured = {"imitation": metrics["imitation"]} if self.imitates_alone else metrics
+        found = {f"val/{name}": metric.compute() for name, metric in measured.items()}
+        learnt = ("imitation",) if self.imitates_alone else ("mlm_loss", "nsp_loss")
+        found["val/loss"] = torch.stack([found[f"val/{name}"] for name in learnt]).sum()
         self.log_dict(found, prog_bar=True, sync_dist=False)
         for metric in self._metrics().values():
             metric.reset()
@@ -273,7 +333,10 @@ class BertPretraining(SLoPeLightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the architecture: a checkpoint is enough to rebuild the model, wherever the weights came from."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["bert"] = self._model().config.to_dict()
+        saved = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]
+        saved["bert"] = self._model().config.to_dict()
+        # A plain mapping: the file then loads with weights_only=True.
+        saved["imitation"] = None if self.imitation is None else asdict(self.imitation)
 
     def export(self, folder: str) -> None:
         """Write a dense Hugging Face model: zeros in place of pruned weights, awake adapters added in."""
@@ -281,14 +344,27 @@ class BertPretraining(SLoPeLightningModule):
         save_pretrained(net, folder, dense_state_dict(net))
 
 
-def _forward(net: BertForPreTraining, batch: Batch) -> PreTrainingOutput:
+def _forward(net: BertForPreTraining, batch: Batch, states: bool = False) -> PreTrainingOutput:
     return net(
         batch["input_ids"],
         batch["attention_mask"],
         batch["token_type_ids"],
         masked_positions=batch["masked_positions"],
+        output_hidden_states=states,
     )
 
 
 def _loss(net: BertForPreTraining, batch: Batch) -> PreTrainingLoss:
     return pretraining_loss(_forward(net, batch), batch["masked_labels"], batch["next_sentence_label"])
+
+
+def _imitation_loss(
+    net: BertForPreTraining, batch: Batch, theirs: Any, distance: Callable[..., Tensor], weight: float
+) -> tuple[Tensor, Tensor, PreTrainingLoss | None]:
+    """What is trained on, the share of the hidden states that is missed, and the heads' losses if they learn."""
+    output = _forward(net, batch, states=True)
+    missed = distance(output, theirs, batch["attention_mask"])
+    if weight == 1:
+        return missed, missed.detach(), None
+    own = pretraining_loss(output, batch["masked_labels"], batch["next_sentence_label"])
+    return (1 - weight) * own.total + weight * missed, missed.detach(), own

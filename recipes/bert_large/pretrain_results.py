@@ -25,17 +25,19 @@ class PretrainTable(RunTable):
     def collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seconds: float | None) -> dict[str, Any]:
         """With what the meter measured, and what the run started from."""
         scores, head = trainer.callback_metrics, {}
-        if "val/loss" in scores:
+        if "val/mlm_loss" in scores:
             head["loss (masked words + next sentence)"] = (
                 f"{scores['val/loss']:.4f} ({scores['val/mlm_loss']:.4f} + {scores['val/nsp_loss']:.4f})"
             )
             head["masked words right"] = f"{scores['val/mlm_accuracy']:.2%}"
             head["next sentences told right"] = f"{scores['val/nsp_accuracy']:.2%}"
+        if "val/imitation" in scores:
+            head["of the teacher's hidden states missed"] = f"{scores['val/imitation']:.4f} (squares)"
         meter = meter_of(trainer) if seconds is not None else None
         result = collect(
             trainer, sparsity_report(pl_module), head, seconds=seconds, **(meter.rows(trainer) if meter else {})
         )
-        started = getattr(pl_module, "start_from", None)
+        started = getattr(pl_module, "start_from", None) or getattr(pl_module, "weights", None)
         result["rows"]["started from"] = str(started or "random weights")
         return result | {"started_from": started} | Meter.measured(meter)
 

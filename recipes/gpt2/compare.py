@@ -76,7 +76,12 @@ def main(arguments: list[str] | None = None) -> int:
         help="all runs in this process: saves the start of Python and torch",
     )
     add(
-        "--gpus", nargs="+", type=int, metavar="GPU", help="make runs side by side, one on each of these GPUs (0 1 ...)"
+        "--gpus",
+        nargs="+",
+        type=int,
+        metavar="GPU",
+        help="make runs side by side, one on each of these GPUs (0 1 ...); on one that is named twice, two are scored at "
+        "a time, one is trained",
     )
     add("--curve-every", type=int, default=5, help="steps whose mean is one point in the file of the curves")
     add("--checkpoints", action="store_true", help="keep the last checkpoint of every run, below --runs")
@@ -138,8 +143,7 @@ def run_all(options: argparse.Namespace, overrides: list[str]) -> int:
         raise SystemExit(
             "--in-process with --gpus: runs side by side are processes of their own; leave one of them out"
         )
-    gpus = options.gpus or ()
-    lanes = [Lane(launching.one_gpu(gpu), options.runs / f"lane-{i}.lock") for i, gpu in enumerate(gpus)] or [Lane({})]
+    lanes = [Lane.on_gpu(gpu, options.runs) for gpu in options.gpus or ()] or [Lane({})]
     seconds: dict[str, float] = {}
     for result in results:
         seconds[result.settings] = max(result.seconds + SECONDS_AROUND_FIT, seconds.get(result.settings, 0.0))
@@ -178,6 +182,12 @@ class Lane:
 
     environment: Mapping[str, str]
     turn: Path | None = None
+
+    @classmethod
+    def on_gpu(cls, index: int, runs: Path) -> "Lane":
+        """One whose lock is the GPU's: lanes that share it, also those of another runner with these ``runs``, train in turn."""
+        environment = launching.one_gpu(index)
+        return cls(environment, runs / f"gpu-{environment['CUDA_VISIBLE_DEVICES']}.lock")
 
 
 class _Run(NamedTuple):

@@ -1,8 +1,9 @@
-"""Distillation: a sparse student learns from a dense teacher's outputs beside the labels.
+"""Distillation: a sparse student learns from a dense teacher's outputs, or from its hidden states, beside the labels.
 
-Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, section 2: cross-entropy with
-softened outputs, times the square of the temperature, so that its gradient keeps its size. Used in a module's
-``training_step``::
+Outputs: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, section 2: cross-entropy
+with softened outputs, times the square of the temperature, so that its gradient keeps its size. Hidden states: Kurtic et
+al., "Sparse Fine-tuning for Inference Acceleration of Large Language Models", arXiv 2310.06927, section 3 (SquareHead): the
+squared difference over the teacher's square, layer by layer. Used in a module's ``training_step``::
 
     def configure_model(self):
         build or load self.net
@@ -15,7 +16,8 @@ softened outputs, times the square of the temperature, so that its gradient keep
         return self.distillation(F.cross_entropy(logits, batch["labels"]), logits, inputs)
 
 A teacher is worth having once it knows the task: a copy of a pretrained net with a fresh head teaches noise. Train the
-dense model first, and give its checkpoint to :func:`load_teacher`.
+dense model first, and give its checkpoint to :func:`load_teacher`. Hidden states need no task: there the teacher is the
+model as it was before it was pruned, and any text will do.
 """
 
 import copy
@@ -31,7 +33,7 @@ from slope_pl.checkpoint import read_checkpoint
 from slope_pl.errors import CheckpointError, ConfigError, ConversionError
 from slope_pl.nn import sparse_layers
 
-Task = Literal["classification", "question_answering", "regression"]
+Task = Literal["classification", "question_answering", "regression", "hidden_states"]
 
 
 class Distillation:
@@ -50,8 +52,10 @@ class Distillation:
         teacher: takes the same inputs and gives the same kind of outputs; frozen and put into evaluation mode here.
         task: ``classification``: KL(teacher || student) of the logits ``(B, C)``. ``question_answering``: the mean of
             those of the start and end logits ``(B, T)`` over positions. ``regression``: mean squared difference of the
-            outputs.
-        temperature: divides both logits; above 1 softens. Of no effect in regression, where it must stay 1.
+            outputs. ``hidden_states``: the mean over layers of ``|student - teacher|^2 / |teacher|^2``; the first state,
+            that of the embeddings, is left out.
+        temperature: divides both logits; above 1 softens. Of no effect without logits (regression, hidden states), where it
+            must stay 1.
         weight: of the teacher, from 0 (excluded) to 1 (labels are ignored).
 
     Raises:
@@ -63,8 +67,8 @@ class Distillation:
             raise ConfigError(f"task={task!r} is unknown; choose one of {', '.join(get_args(Task))}")
         if not _is_number(temperature) or not 0 < temperature < float("inf"):
             raise ConfigError(f"temperature={temperature!r}: a number above 0 is expected")
-        if task == "regression" and temperature != 1:
-            raise ConfigError(f"temperature={temperature!r} has no effect in regression; leave it out")
+        if task in ("regression", "hidden_states") and temperature != 1:
+            raise ConfigError(f"temperature={temperature!r} has no effect with task={task!r}; leave it out")
         if not _is_number(weight) or not 0 < weight <= 1:
             raise ConfigError(
                 f"weight={weight!r}: above 0 and at most 1 is expected; without a teacher, leave distillation out"
@@ -80,10 +84,11 @@ class Distillation:
         Args:
             task_loss: scalar, of the labels.
             student: outputs: logits ``(B, C)``, or ``(B,)`` or ``(B, 1)`` in regression, as they are or as ``.logits``;
-                for questions a pair of start and end logits ``(B, T)``, or ``.start_logits`` and ``.end_logits``.
+                for questions a pair of start and end logits ``(B, T)``, or ``.start_logits`` and ``.end_logits``; hidden
+                states as ``.hidden_states`` or a sequence of them, each ``(B, T, hidden)``.
             inputs: of the student's forward, for the teacher's.
             mask: ``(B, T)``, for questions: 0 for positions that are no answer (padding), which neither side's softmax
-                sees.
+                sees; for hidden states: 0 for padding, which does not count.
 
         Returns:
             scalar.
@@ -107,16 +112,24 @@ class Distillation:
     def distance(self, student: Any, teacher: Any, mask: Tensor | None = None) -> Tensor:
         """How far the student's outputs are from the teacher's, a scalar in float32: what ``weight`` multiplies."""
         mine, theirs = self._tensors(student), self._tensors(teacher)
+        states = self.task == "hidden_states"
+        if len(mine) != len(theirs):
+            raise ValueError(
+                f"the student has {len(mine)} hidden states, the teacher {len(theirs)}; a teacher as deep is expected"
+            )
         for a, b in zip(mine, theirs, strict=True):
             if a.shape != b.shape:
+                fix = "a teacher as wide is expected" if states else "give both one head"
+                raise ValueError(f"the student's outputs are {tuple(a.shape)}, the teacher's {tuple(b.shape)}; {fix}")
+        if mask is not None:
+            places = mine[0].shape[:-1] if states else mine[0].shape
+            if self.task not in ("question_answering", "hidden_states") or mask.shape != places:
                 raise ValueError(
-                    f"the student's outputs are {tuple(a.shape)}, the teacher's {tuple(b.shape)}; give both one head"
+                    f"mask of shape {tuple(mask.shape)} with outputs {tuple(mine[0].shape)} and task {self.task!r}: a mask "
+                    "belongs to the positions of question answering, or of hidden states"
                 )
-        if mask is not None and (self.task != "question_answering" or mask.shape != mine[0].shape):
-            raise ValueError(
-                f"mask of shape {tuple(mask.shape)} with outputs {tuple(mine[0].shape)} and task {self.task!r}: a mask "
-                "belongs to the positions of question answering"
-            )
+        if states:
+            return torch.stack([_relative(a, b, mask) for a, b in zip(mine, theirs, strict=True)]).mean()
         if self.task == "regression":
             return F.mse_loss(mine[0].float(), theirs[0].float())
         losses = [self._divergence(a, b, mask) for a, b in zip(mine, theirs, strict=True)]
@@ -141,6 +154,13 @@ class Distillation:
                 return outputs.start_logits, outputs.end_logits
             start, end = outputs
             return start, end
+        if self.task == "hidden_states":
+            found = getattr(outputs, "hidden_states", outputs)
+            if found is None or isinstance(found, Tensor) or len(found) < 2:
+                raise ValueError(
+                    "no hidden states of layers among the outputs: ask the model for them (output_hidden_states=True)"
+                )
+            return tuple(found[1:])
         return (getattr(outputs, "logits", outputs),)
 
     def teacher_bytes(self) -> int:
@@ -149,6 +169,17 @@ class Distillation:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Distillation":
         return self
+
+
+def _relative(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+    """``|student - teacher|^2 / |teacher|^2`` of ``(B, T, hidden)``, in float32, over the positions of ``mask``."""
+    student, teacher = student.float(), teacher.float()
+    if mask is not None:
+        kept = mask.bool()[..., None]
+        # Before the difference is squared: what stands in padding may be anything.
+        student, teacher = student.masked_fill(~kept, 0.0), teacher.masked_fill(~kept, 0.0)
+    tiny = torch.finfo(torch.float32).tiny
+    return (student - teacher).square().sum() / teacher.square().sum().clamp(min=tiny)
 
 
 def _is_number(value: object) -> bool:

@@ -123,10 +123,14 @@ def _refuse(field: str, value: object, expected: str, fix: str) -> NoReturn:
 
 
 class BertModelOutput(NamedTuple):
-    """``last_hidden_state`` ``(B, T, hidden)``; ``pooler_output`` ``(B, hidden)``, or None without a pooler."""
+    """``last_hidden_state`` ``(B, T, hidden)``; ``pooler_output`` ``(B, hidden)``, or None without a pooler.
+
+    ``hidden_states`` are those of the embeddings and of every layer, each ``(B, T, hidden)``, or None if not asked for.
+    """
 
     last_hidden_state: Tensor
     pooler_output: Tensor | None
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class BertEmbeddings(nn.Module):
@@ -219,10 +223,15 @@ class BertEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Map ``(B, T, hidden)`` to the same shape; ``mask`` as in :class:`BertSelfAttention`."""
+    def forward(self, x: Tensor, mask: Tensor | None, between: list[Tensor] | None = None) -> Tensor:
+        """Map ``(B, T, hidden)`` to the same shape; ``mask`` as in :class:`BertSelfAttention`.
+
+        ``between`` is a list to which the output of every layer is appended.
+        """
         for layer in self.layer:
             x = layer(x, mask)
+            if between is not None:
+                between.append(x)
         return x
 
 
@@ -245,6 +254,7 @@ class BertModel(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        output_hidden_states: bool = False,
     ) -> BertModelOutput:
         """Encode a batch of token ids.
 
@@ -253,6 +263,7 @@ class BertModel(nn.Module):
             attention_mask: bool or integer ``(B, T)``, 0 for padding; None where there is no padding, which is faster.
             token_type_ids: int64 ``(B, T)``, the segment of each token; None for all 0.
             position_ids: int64 ``(B, T)`` or ``(T,)``; None for ``0 .. T-1``.
+            output_hidden_states: whether to return what the embeddings and every layer give.
 
         Raises:
             ValueError: if a shape, or the dtype of the mask, is not as above.
@@ -269,8 +280,11 @@ class BertModel(nn.Module):
         if attention_mask is not None and attention_mask.is_floating_point():
             raise ValueError(f"attention_mask is {attention_mask.dtype}, expected bool or integers, 0 for padding.")
         mask = None if attention_mask is None else attention_mask.to(torch.bool)[:, None, None, :]
-        x = self.encoder(self.embeddings(input_ids, token_type_ids, position_ids), mask)
-        return BertModelOutput(x, None if self.pooler is None else self.pooler(x[:, 0]))
+        x = self.embeddings(input_ids, token_type_ids, position_ids)
+        states = [x] if output_hidden_states else None
+        x = self.encoder(x, mask, states)
+        pooled = None if self.pooler is None else self.pooler(x[:, 0])
+        return BertModelOutput(x, pooled, None if states is None else tuple(states))
 
 
 def chain(**modules: nn.Module) -> nn.Sequential:

@@ -9,10 +9,14 @@ from slope_pl.nn import built_whole
 
 
 class PreTrainingOutput(NamedTuple):
-    """``prediction_logits`` ``(B, T or P, vocab)``; ``seq_relationship_logits`` ``(B, 2)``: is next, is random."""
+    """``prediction_logits`` ``(B, T or P, vocab)``; ``seq_relationship_logits`` ``(B, 2)``: is next, is random.
+
+    ``hidden_states`` as those of :class:`slope_pl.models.BertModelOutput`.
+    """
 
     prediction_logits: Tensor
     seq_relationship_logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class QuestionAnsweringOutput(NamedTuple):
@@ -71,6 +75,7 @@ class BertForPreTraining(nn.Module):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         masked_positions: Tensor | None = None,
+        output_hidden_states: bool = False,
     ) -> PreTrainingOutput:
         """Return the logits of both heads; arguments and errors as :meth:`BertModel.forward`, and one more.
 
@@ -78,13 +83,13 @@ class BertForPreTraining(nn.Module):
         shape); fill short rows with any valid position and leave those out of the loss. Only these are decoded, which
         with P = 80 of T = 512 saves 84% of the largest activation. None decodes all ``T``.
         """
-        x, pooled = self.bert(input_ids, attention_mask, token_type_ids, position_ids)
+        x, pooled, states = self.bert(input_ids, attention_mask, token_type_ids, position_ids, output_hidden_states)
         if masked_positions is not None:
             if masked_positions.ndim != 2 or masked_positions.shape[0] != x.shape[0]:
                 shape = tuple(masked_positions.shape)
                 raise ValueError(f"masked_positions has shape {shape}, expected (B, P) with B = {x.shape[0]}.")
             x = x.take_along_dim(masked_positions[..., None], dim=1)
-        return PreTrainingOutput(self.cls["predictions"](x), self.cls["seq_relationship"](pooled))
+        return PreTrainingOutput(self.cls["predictions"](x), self.cls["seq_relationship"](pooled), states)
 
 
 class BertForQuestionAnswering(nn.Module):

@@ -130,8 +130,23 @@ def test_the_next_run_gets_ready_while_one_trains(arguments, tmp_path, monkeypat
     monkeypatch.setattr(compare, "train", one)
     arguments.remove("--in-process")
     assert compare.main([*arguments, "--gpus", "0"]) == 0
-    assert made == [tmp_path / "runs" / "lane-0.lock"] * 4
+    assert made == [tmp_path / "runs" / "gpu-4.lock"] * 4
     assert len(read(tmp_path / "my.csv")) == 4
+
+
+def test_lanes_of_one_gpu_share_its_lock(arguments, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    seen = []
+
+    def one(plan, location, options, environment, turn):
+        seen.append((environment["CUDA_VISIBLE_DEVICES"], turn.name))
+        result = row(settings=plan.settings, rate=plan.rate, method=plan.method)
+        return result, Curve(result.run, [(1, 1, 5.0, math.nan)]), tmp_path / "no trace"
+
+    monkeypatch.setattr(compare, "train", one)
+    arguments.remove("--in-process")
+    assert compare.main([*arguments, "--gpus", "1", "1"]) == 0
+    assert seen == [("7", "gpu-7.lock")] * 4
 
 
 def test_processes_take_turns(arguments, tmp_path, monkeypatch, capfd):
@@ -140,7 +155,7 @@ def test_processes_take_turns(arguments, tmp_path, monkeypatch, capfd):
     arguments[arguments.index("2e-3") : arguments.index("2e-3") + 1] = []
     assert compare.main([*arguments, "--gpus", "0"]) == 0
     assert len(read(tmp_path / "my.csv")) == 2
-    assert (tmp_path / "runs" / "lane-0.lock").exists()
+    assert (tmp_path / "runs" / "gpu-4.lock").exists()
     for log in (tmp_path / "runs").glob("*/log.txt"):
         assert "recipes.turns.Turn" in log.read_text().splitlines()[0]
 

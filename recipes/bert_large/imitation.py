@@ -1,0 +1,113 @@
+"""Recovery on plain text: a pruned pretrained BERT learns to give the hidden states of its dense self.
+
+--model.weights FOLDER --model.imitation.weight 1       before any task; fine-tuning then starts from this run's checkpoint
+
+Fine-tuning alone cannot do that: its few labelled texts are no measure of what pretraining had learnt. The loss is
+SquareHead's, see :mod:`slope_pl.lightning.distillation`.
+"""
+
+from dataclasses import dataclass
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
+
+from recipes.bert_large.pretrain_checkpoint import read_pretraining_checkpoint
+from slope_pl import CheckpointError, ConfigError
+from slope_pl.models import BertConfig, BertModel, load_config, load_pretrained
+from slope_pl.models.bert import BertSelfAttention
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImitationConfig:
+    """A dense teacher whose hidden states are learnt.
+
+    Args:
+        weight: of the teacher in the loss, above 0 to 1; at 1 the heads of pretraining, and the pooler, stay as they are.
+        teacher: a folder, a hub id, or a dense checkpoint of this recipe; of the model's depth, width and vocabulary. Null is
+            what the run starts from (weights, or a dense start_from).
+    """
+
+    weight: float = 1.0
+    teacher: str | None = None
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
+        if not number or not 0 < self.weight <= 1:
+            raise ConfigError(
+                f"model.imitation.weight={self.weight!r}: above 0 and at most 1 is expected; without a teacher, leave "
+                "model.imitation out"
+            )
+
+    def source(self, weights: str | None, start_from: str | None) -> str:
+        """Where the teacher comes from.
+
+        Raises:
+            ConfigError: the run starts from nothing, and no teacher is named.
+        """
+        found = self.teacher or weights or start_from
+        if found is None:
+            raise ConfigError(
+                "model.imitation has nothing to imitate: the run starts from random weights. Give model.weights (a folder or "
+                "hub id), a dense model.start_from, or model.imitation.teacher"
+            )
+        return found
+
+
+def load_imitated(source: str, config: BertConfig, words: int) -> BertModel:
+    """The teacher's encoder.
+
+    Args:
+        source: a folder, a hub id, or a dense checkpoint of ``recipes.bert_large.pretrain``.
+        config: of the model that imitates it.
+        words: tokens of the tokenizer.
+
+    Raises:
+        CheckpointError: a sparse checkpoint.
+        ConfigError: of another depth or width, or with fewer words.
+    """
+    saved = read_pretraining_checkpoint(source) if source.endswith(".ckpt") else None
+    if saved is not None and saved.slope is not None:
+        raise CheckpointError(
+            f"{source} is of a 2:4 sparse model, which is no teacher: name a dense one as model.imitation.teacher"
+        )
+    theirs = saved.bert if saved is not None else load_config(source)
+    for name in ("num_hidden_layers", "hidden_size"):
+        if getattr(theirs, name) != getattr(config, name):
+            raise ConfigError(
+                f"the teacher {source} has {name}={getattr(theirs, name)}, the model {getattr(config, name)}: hidden states "
+                "are compared layer by layer, so a teacher as deep and as wide is expected"
+            )
+    if theirs.vocab_size < words:
+        raise ConfigError(
+            f"the tokenizer has {words} tokens, the teacher {source} a vocabulary of {theirs.vocab_size}: data.tokenizer and "
+            "the teacher do not belong together"
+        )
+    teacher = BertModel(theirs, add_pooling_layer=False)
+    if saved is None:
+        load_pretrained(teacher, source)
+    else:
+        prefix = "bert."
+        state = {name.removeprefix(prefix): t for name, t in saved.state.items() if name.startswith(prefix)}
+        teacher.load_state_dict({name: state[name] for name in teacher.state_dict()})
+    rank_zero_info(
+        f"Imitates the hidden states of {source}: {theirs.num_hidden_layers} layers of {theirs.hidden_size}."
+    )
+    return teacher
+
+
+def freeze_heads(net: nn.Module) -> None:
+    """Leave heads and pooler as they are: no hidden state depends on them. The decoder's matrix is the embeddings'."""
+    words = net.bert.embeddings.word_embeddings.weight  # type: ignore[union-attr]
+    for part in (net.cls, net.bert.pooler):  # type: ignore[union-attr]
+        for parameter in part.parameters():  # type: ignore[union-attr]
+            if parameter is not words:
+                parameter.requires_grad_(False)
+
+
+def set_dropout(net: nn.Module, rate: float) -> None:
+    """Set every rate of a BERT, and leave its configuration alone."""
+    for module in net.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+        elif isinstance(module, BertSelfAttention):
+            module.dropout_prob = rate
