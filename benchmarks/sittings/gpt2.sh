@@ -5,7 +5,7 @@
 #
 # seeds      every method at its best rate, seed SEED (3); checkpoints stay below /tmp/gpt2-runs. Beside it kernels, in turn
 # kernels    200 steps by the compiled kernels and by the reference operations, a CSV of their own
-# medium     dense, SLoPe and transposable, 40M tokens
+# medium     dense, SLoPe and transposable, 40M tokens, and levers where a GPU is left
 # zeroshot   scores of these checkpoints, side by side (needs the pack `eval`), on LANES (0 0 0 0 1 1 1 1); in the same session
 #            of the machine. What has no row yet would be trained: leave it out (--methods)
 # levers     one lever at a time, seed SEED, the slower ones last; a CSV of their own
@@ -18,7 +18,7 @@ seed=${SEED:-3}
 status=0
 
 compare() { # CSV, arguments; ends in time to keep what there is
-  timeout -k 10 580 $PY -m recipes.gpt2.compare run --family novels --csv "$OUT/$1.csv" --runs "$runs" --gpus 0 1 \
+  timeout -k 10 565 $PY -m recipes.gpt2.compare run --family novels --csv "$OUT/$1.csv" --runs "$runs" --gpus 0 1 \
     --budget-minutes "$minutes" "${@:2}" > "$OUT/$1.log" 2>&1 || status=1
   cat "$OUT/$1.log"
 }
@@ -27,6 +27,22 @@ kernels() {
   compare kernels --curve-every 1 --rates 1.8e-3 --methods "slope r=0" "emulated r=0" \
     --add "emulated r=0: novels_slope.yaml --model.slope.adapter_rank 0 --model.slope.backend reference" \
     --trainer.max_steps 200 --trainer.val_check_interval 200
+}
+
+levers() { # arguments
+  base="novels_transposable.yaml --model.slope.adapter_rank"
+  compare levers --seeds "$seed" --rates 2.7e-3 --trace-adapters \
+    --add "adapters r=16 from 0.9, rate x30: $base 16 --model.slope.adapter_start 0.9 --model.adapter_learning_rate_scale 30" \
+    --add "decay of values 0.01: $base 0 --model.values_weight_decay 0.01" \
+    --add "initial scale 0.028: $base 0 --model.gpt2.initializer_range 0.028" \
+    --add "cosine to 0.1: $base 0 --model.schedule cosine --model.min_rate_share 0.1" \
+    --add "values' rate x1.5: $base 0 --model.values_learning_rate_scale 1.5" \
+    --add "magnitude in attention: $base 0 --model.slope.layer_masks '{\"*.attn.*\": \"magnitude\"}'" \
+    --add "adapters r=16 from 0.5, rate x30: $base 16 --model.slope.adapter_start 0.5 --model.adapter_learning_rate_scale 30" \
+    --add "initial scale 0.04: $base 0 --model.gpt2.initializer_range 0.04" \
+    --add "regrowth: $regrowth" \
+    --methods "adapters r=16 from 0.9, rate x30" "decay of values 0.01" "initial scale 0.028" "cosine to 0.1" \
+    "values' rate x1.5@1.8e-3" "magnitude in attention" "regrowth@1.8e-3" "adapters r=16 from 0.5, rate x30" "initial scale 0.04" "$@"
 }
 
 keep() { # earlier rows, so that nothing is made twice; rows of an earlier call on this machine come first
@@ -49,7 +65,11 @@ case ${2:?seeds, medium, kernels, zeroshot or levers} in
     ;;
   medium)
     keep
-    compare novels --methods dense@9e-4 "slope r=0@1.2e-3" "transposable r=0@1.8e-3" --model.size medium
+    # Two sparse runs on GPU 0; the dense one leaves time for levers on GPU 1, in turn.
+    compare novels --methods "slope r=0@1.2e-3" dense@9e-4 "transposable r=0@1.8e-3" --model.size medium &
+    sleep 40
+    levers --gpus 1
+    wait
     ;;
   kernels)
     keep
@@ -63,19 +83,7 @@ case ${2:?seeds, medium, kernels, zeroshot or levers} in
     ;;
   levers)
     keep
-    base="novels_transposable.yaml --model.slope.adapter_rank"
-    compare levers --seeds "$seed" --rates 2.7e-3 --trace-adapters \
-      --add "adapters r=16 from 0.9, rate x30: $base 16 --model.slope.adapter_start 0.9 --model.adapter_learning_rate_scale 30" \
-      --add "decay of values 0.01: $base 0 --model.values_weight_decay 0.01" \
-      --add "initial scale 0.028: $base 0 --model.gpt2.initializer_range 0.028" \
-      --add "cosine to 0.1: $base 0 --model.schedule cosine --model.min_rate_share 0.1" \
-      --add "values' rate x1.5: $base 0 --model.values_learning_rate_scale 1.5" \
-      --add "magnitude in attention: $base 0 --model.slope.layer_masks '{\"*.attn.*\": \"magnitude\"}'" \
-      --add "adapters r=16 from 0.5, rate x30: $base 16 --model.slope.adapter_start 0.5 --model.adapter_learning_rate_scale 30" \
-      --add "initial scale 0.04: $base 0 --model.gpt2.initializer_range 0.04" \
-      --add "regrowth: $regrowth" \
-      --methods "adapters r=16 from 0.9, rate x30" "decay of values 0.01" "initial scale 0.028" "cosine to 0.1" \
-      "values' rate x1.5@1.8e-3" "magnitude in attention" "regrowth@1.8e-3" "adapters r=16 from 0.5, rate x30" "initial scale 0.04"
+    levers
     ;;
   *) echo "$2: seeds, medium, kernels, zeroshot or levers is expected" >&2; exit 2 ;;
 esac
