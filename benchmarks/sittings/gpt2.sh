@@ -46,7 +46,8 @@ levers() { # arguments
 }
 
 keep() { # earlier rows, so that nothing is made twice; rows of an earlier call on this machine come first
-  for file in novels.csv novels-curves.csv novels-adapters.csv novels-zeroshot.csv kernels.csv kernels-curves.csv levers.csv levers-curves.csv; do
+  for file in novels.csv novels-curves.csv novels-adapters.csv novels-zeroshot.csv kernels.csv kernels-curves.csv levers.csv levers-curves.csv \
+    levers-adapters.csv; do
     [ -f "/tmp/gpt2-rows/$file" ] && cp "/tmp/gpt2-rows/$file" "$OUT/" && continue
     [ -f "recipes/gpt2/results/$file" ] && cp "recipes/gpt2/results/$file" "$OUT/"
   done
