@@ -162,8 +162,10 @@ class NonFiniteLoss(pl.Callback):
             return
         self._now = None
         if self.policy == "stop":
-            self._steps = [step for step in [*self._steps, now] if not step.is_known() or step.is_bad()]
-            if self._agreement.exchange(int(any(step.is_known() for step in self._steps))):
+            # Asked once: a flag may come at any moment, and one that comes in between would count as bad.
+            asked = [(step, step.is_known()) for step in [*self._steps, now]]
+            self._steps = [step for step, known in asked if not known or step.is_bad()]
+            if self._agreement.exchange(int(any(known and step.is_bad() for step, known in asked))):
                 self._fail(trainer)
         elif not self._left_out:
             self._in_a_row = 0

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 
 from slope_pl import ConfigError, NonFiniteError, SLoPeCallback
-from slope_pl.lightning import NonFiniteLoss, last_good_checkpoint
+from slope_pl.lightning import NonFiniteLoss, last_good_checkpoint, nonfinite
 from slope_pl.lightning.strategies import SLoPeDeepSpeedStrategy
 from tests.lightning.toy import CONFIG, QUIET, Recorder, Tokens, Toy, assert_same, make_trainer
 
@@ -55,6 +55,27 @@ def test_a_healthy_run_is_left_alone(tmp_path):
     callback, _ = run(tmp_path, watched, policy="skip")
     assert_same(watched.state_dict(), plain.state_dict())
     assert callback.skipped == 0
+
+
+@pytest.mark.parametrize("asked", [1, 2, 3])
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_flag_may_come_at_any_moment(tmp_path, monkeypatch, bad, asked):
+    """Each one comes after it was asked for so many times: a good step is none the worse, a bad one is found."""
+    times = {}
+
+    def is_known(step):
+        times[step.step] = times.get(step.step, 0) + 1
+        return times[step.step] > asked
+
+    monkeypatch.setattr(nonfinite._Step, "is_known", is_known)
+    module = Diverging(5) if bad else Toy()
+    if bad:
+        with pytest.raises(NonFiniteError, match="optimizer step 5 "):
+            run(tmp_path, module, max_steps=20)
+        assert module.seen == 6 + asked
+    else:
+        _, recorder = run(tmp_path, module, max_steps=20)
+        assert len(recorder.at) == 20
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
