@@ -6,7 +6,7 @@
 #
 # masks    dense and every mask at three rates, one seed
 # starts   a teacher, a gradual start, both, at 2e-4, one seed; after masks, whose dense runs teach
-# recover  every mask on the novels (needs the pack `text`), also with adapters; checkpoints in /tmp/minilm-recovered
+# recover  every mask on the novels (needs the pack `text`), also with adapters; checkpoints in /tmp/novels-STEPS
 # recovered  GLUE and SQuAD from there, alone and with a teacher; in the same session of the machine, after masks
 # ranks    after masks: best rates, adapters of rank 0, 4, 16, 24, seeds 0 to 2
 set -uo pipefail
@@ -31,14 +31,14 @@ both() {
   for job in $(jobs -p); do wait "$job" || status=1; done
 }
 
-recovered=/tmp/minilm-recovered
+recovered=/tmp/novels-${STEPS:=1500} # its name goes into the rows
 recover() { # GPU, name, arguments
   local runs=/tmp/minilm-recover/$2 weights
   weights=$($PY -c "from recipes.bert_large.glue_plan import minilm_folder; print(minilm_folder())")
   CUDA_VISIBLE_DEVICES=$1 timeout -k 20 580 $PY -m recipes.bert_large.pretrain fit --config recipes/bert_large/pretrain_recover.yaml \
     --data.source "$SLOPE_DATA_DIR/text/novels.txt.xz" --model.weights "$weights" --data.tokenizer "$weights" \
     --trainer.enable_progress_bar false --trainer.logger.init_args.save_dir "$runs" --data.num_workers 6 \
-    ${STEPS:+--trainer.max_steps $STEPS} "${@:3}" > "$OUT/recover-$2.log" 2>&1 || return
+    --trainer.max_steps "$STEPS" --trainer.val_check_interval "$((STEPS / 3))" "${@:3}" > "$OUT/recover-$2.log" 2>&1 || return
   cp "$(find "$runs" -name last.ckpt | tail -n 1)" "$recovered/$2.ckpt"
   cp "$(find "$runs" -name result-fit.json | tail -n 1)" "$OUT/recover-$2.json"
 }

@@ -129,7 +129,10 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         parser.error(f"--ranks: {wrong[0]}, expected 0 or more")
     if options.fade is not None and not any("gradual" in start.split("+") for start in options.starts):
         parser.error(f"--fade {options.fade:g} has no effect without a gradual start: add --starts gradual")
-    options.starts = check_starts(options.starts, FADE if options.fade is None else options.fade)
+    if options.recovered is not None and not any("recovered" in start.split("+") for start in options.starts):
+        parser.error(f"--recovered {options.recovered} has no effect without a recovered start: add --starts recovered")
+    fade = FADE if options.fade is None else options.fade
+    options.starts = check_starts(options.starts, fade, options.recovered)
 
 
 def runs(
@@ -189,8 +192,8 @@ def run_all(
     job = Job(recipe, place, options.runs.absolute(), options.in_process, threads, deadline, options.recovered)
     done = {result.run for result in read(options.csv)}
     wanted = list(dict.fromkeys(wanted))  # --seeds 0 0
-    check_recovered(wanted, options.recovered)
     missing = [run for run in wanted if run not in done]
+    check_recovered(missing, options.recovered)
     print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them done.", flush=True)
     stages = _stages(missing, dense_rates)
     if before := [run for stage in stages for run in stage if _start_of(job, run) is None]:

@@ -7,6 +7,7 @@ SquareHead's, see :mod:`slope_pl.lightning.distillation`.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
@@ -22,9 +23,9 @@ class ImitationConfig:
     """A dense teacher whose hidden states are learnt.
 
     Args:
-        weight: of the teacher in the loss, above 0 to 1; at 1 the heads of pretraining, and the pooler, stay as they are.
-        teacher: a folder, a hub id, or a dense checkpoint of this recipe; of the model's depth, width and vocabulary. Null is
-            what the run starts from (weights, or a dense start_from).
+        weight: of the teacher in the loss, above 0 to 1; at 1 the heads of pretraining are pruned, but not trained.
+        teacher: a folder, a hub id, or a dense checkpoint of this recipe; of the model's depth and width. Null is what the run
+            starts from (weights, or a dense start_from).
     """
 
     weight: float = 1.0
@@ -44,7 +45,7 @@ class ImitationConfig:
         Raises:
             ConfigError: the run starts from nothing, and no teacher is named.
         """
-        found = self.teacher or weights or start_from
+        found = next((source for source in (self.teacher, weights, start_from) if source is not None), None)
         if found is None:
             raise ConfigError(
                 "model.imitation has nothing to imitate: the run starts from random weights. Give model.weights (a folder or "
@@ -53,24 +54,29 @@ class ImitationConfig:
         return found
 
 
-def load_imitated(source: str, config: BertConfig, words: int) -> BertModel:
-    """The teacher's encoder.
+def load_imitated(source: str, config: BertConfig, words: int, length: int) -> BertModel:
+    """The teacher's encoder, with its pooler.
 
     Args:
         source: a folder, a hub id, or a dense checkpoint of ``recipes.bert_large.pretrain``.
         config: of the model that imitates it.
         words: tokens of the tokenizer.
+        length: tokens of the longest example.
 
     Raises:
         CheckpointError: a sparse checkpoint.
-        ConfigError: of another depth or width, or with fewer words.
+        ConfigError: it cannot be read; of another depth or width, with fewer words or positions.
     """
-    saved = read_pretraining_checkpoint(source) if source.endswith(".ckpt") else None
+    is_checkpoint = source.endswith(".ckpt") or Path(source).expanduser().is_file()
+    saved = read_pretraining_checkpoint(source) if is_checkpoint else None
     if saved is not None and saved.slope is not None:
         raise CheckpointError(
             f"{source} is of a 2:4 sparse model, which is no teacher: name a dense one as model.imitation.teacher"
         )
-    theirs = saved.bert if saved is not None else load_config(source)
+    try:
+        theirs = saved.bert if saved is not None else load_config(source)
+    except OSError as error:
+        raise ConfigError(f"no teacher to imitate: {error} Another place: model.imitation.teacher.") from error
     for name in ("num_hidden_layers", "hidden_size"):
         if getattr(theirs, name) != getattr(config, name):
             raise ConfigError(
@@ -82,7 +88,12 @@ def load_imitated(source: str, config: BertConfig, words: int) -> BertModel:
             f"the tokenizer has {words} tokens, the teacher {source} a vocabulary of {theirs.vocab_size}: data.tokenizer and "
             "the teacher do not belong together"
         )
-    teacher = BertModel(theirs, add_pooling_layer=False)
+    if theirs.max_position_embeddings < length:
+        raise ConfigError(
+            f"data.max_length is {length}, but the teacher {source} has {theirs.max_position_embeddings} positions: make "
+            "data.max_length as small"
+        )
+    teacher = BertModel(theirs)
     if saved is None:
         load_pretrained(teacher, source)
     else:
@@ -96,12 +107,11 @@ def load_imitated(source: str, config: BertConfig, words: int) -> BertModel:
 
 
 def freeze_heads(net: nn.Module) -> None:
-    """Leave heads and pooler as they are: no hidden state depends on them. The decoder's matrix is the embeddings'."""
+    """Train no head: no hidden state depends on one. The decoder's matrix is the embeddings', which are trained."""
     words = net.bert.embeddings.word_embeddings.weight  # type: ignore[union-attr]
-    for part in (net.cls, net.bert.pooler):  # type: ignore[union-attr]
-        for parameter in part.parameters():  # type: ignore[union-attr]
-            if parameter is not words:
-                parameter.requires_grad_(False)
+    for parameter in net.cls.parameters():  # type: ignore[union-attr]
+        if parameter is not words:
+            parameter.requires_grad_(False)
 
 
 def set_dropout(net: nn.Module, rate: float) -> None:

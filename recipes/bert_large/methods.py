@@ -28,7 +28,8 @@ STARTS = {
     "early": "adapters awake from the first step; runs with adapters only",
     "teacher": "the dense run at its best rate so far teaches",
     "tuned": "from the weights of that dense run, not from pretrained ones",
-    "recovered": "from the checkpoints of pretrain_recover.yaml in --recovered, whose masks they keep",
+    "recovered": "from the checkpoints of pretrain_recover.yaml in --recovered FOLDER, whose masks they keep; FOLDER's name is "
+    "part of the start's",
     "gradual": "a dense stage as long as the sparse one comes first, in which pruned weights fade to zero",
 }
 FADE = 0.5
@@ -141,7 +142,12 @@ class Place:
             SystemExit: naming the way out.
         """
         need = ["--methods dense"] if "dense" in methods else []
-        need += [f"--starts {start}" for start in starts if {_part(p) for p in start.split("+")} - {"plain", "early"}]
+        parts = {start: {_part(p) for p in start.split("+")} for start in starts}
+        if self.is_checkpoint and (twice := [start for start in starts if "recovered" in parts[start]]):
+            raise SystemExit(
+                f"--weights {self.weights} and --starts {twice[0]}: a run starts from one checkpoint; leave one of them out"
+            )
+        need += [f"--starts {start}" for start in starts if parts[start] - {"plain", "early"}]
         if need and self.is_checkpoint and CHECKPOINT_KEY in _read(str(self.weights)):
             raise SystemExit(
                 f"--weights {self.weights} is of a 2:4 sparse model, from which no dense run can start, and {need[0]} needs "
@@ -186,17 +192,22 @@ def _part(name: str) -> str:
     return name.partition("=")[0]
 
 
-def check_starts(names: list[str], fade: float = FADE) -> list[str]:
+def check_starts(names: list[str], fade: float = FADE, recovered: Path | None = None) -> list[str]:
     """Combinations in one spelling.
 
     Args:
         names: of the starts.
         fade: share of the first stage's steps in a gradual one.
+        recovered: folder of the checkpoints of a recovered one.
 
     Raises:
-        SystemExit: for an unknown part.
+        SystemExit: for an unknown part, or a recovered one without a folder.
     """
-    spelt = {part: f"gradual={fade:g}" if part == "gradual" and fade != FADE else part for part in STARTS}
+    spelt = {part: part for part in STARTS}
+    if fade != FADE:
+        spelt["gradual"] = f"gradual={fade:g}"
+    if recovered is not None:
+        spelt["recovered"] = f"recovered={recovered.absolute().name}"
     found = []
     for name in names:
         parts = set(name.split("+")) - {"plain"}
@@ -204,6 +215,8 @@ def check_starts(names: list[str], fade: float = FADE) -> list[str]:
             raise SystemExit(
                 f"--starts: {', '.join(unknown)} unknown; plain, or some of {', '.join(STARTS)}, joined by +"
             )
+        if "recovered" in parts and recovered is None:
+            raise SystemExit(f"--starts {name} needs --recovered FOLDER, with checkpoints of pretrain_recover.yaml")
         found.append("+".join(spelt[part] for part in STARTS if part in parts) or "plain")
     return list(dict.fromkeys(found))
 
@@ -211,19 +224,19 @@ def check_starts(names: list[str], fade: float = FADE) -> list[str]:
 def check_recovered(runs: Iterable[Run], folder: Path | None) -> None:
     """Before anything is run: whether the checkpoints of recovered starts are there.
 
+    Args:
+        runs: those that are missing.
+        folder: of the checkpoints.
+
     Raises:
-        SystemExit: for one that is not; a folder that has no effect; starts that exclude each other.
+        SystemExit: for one that is not, or starts that exclude each other.
     """
-    wanted = [run for run in runs if "recovered" in run.starts]
-    if folder is not None and not wanted:
-        raise SystemExit(f"--recovered {folder} has no effect without a recovered start: add --starts recovered")
-    for run in wanted:
+    for run in runs:
+        if "recovered" not in run.starts:
+            continue
         if other := sorted(run.starts & {"tuned", "gradual"}):
             raise SystemExit(f"--starts {run.start}: a run starts from one place, recovered or {other[0]}")
-        if folder is None:
-            raise SystemExit(
-                f"--starts {run.start} needs --recovered FOLDER, with {run.mask}.ckpt of pretrain_recover.yaml"
-            )
+        assert folder is not None, "check_starts has seen to it"
         recovered_checkpoint(run, folder)
 
 

@@ -205,7 +205,8 @@ class BertPretraining(SLoPeLightningModule):
     def _load_imitated(self) -> None:
         if self.imitation is not None and self.distillation is None:
             source = self.imitation.source(self.weights, self.start_from)
-            teacher = load_imitated(source, self._model().config, self._data().vocab_size)
+            data = self._data()
+            teacher = load_imitated(source, self._model().config, data.vocab_size, data.max_length)
             self.distillation = Distillation(teacher, "hidden_states", weight=self.imitation.weight)
 
     def _check_data(self) -> None:
@@ -265,7 +266,7 @@ class BertPretraining(SLoPeLightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect losses and accuracies: words count by number, whatever the batches' sizes."""
         metrics = self._metrics()
-        output = _forward(self._model(), batch, states=self.distillation is not None)
+        output = _forward(self._model(), batch, states=self.distillation is not None, words=not self.imitates_alone)
         if self.distillation is not None:
             missed = self.distillation.distance(output, self._taught(batch), batch["attention_mask"])
             metrics["imitation"].update(missed, batch["attention_mask"].sum())
@@ -344,12 +345,13 @@ class BertPretraining(SLoPeLightningModule):
         save_pretrained(net, folder, dense_state_dict(net))
 
 
-def _forward(net: BertForPreTraining, batch: Batch, states: bool = False) -> PreTrainingOutput:
+def _forward(net: BertForPreTraining, batch: Batch, states: bool = False, words: bool = True) -> PreTrainingOutput:
+    positions = batch["masked_positions"]
     return net(
         batch["input_ids"],
         batch["attention_mask"],
         batch["token_type_ids"],
-        masked_positions=batch["masked_positions"],
+        masked_positions=positions if words else positions[:, :0],  # none is decoded
         output_hidden_states=states,
     )
 
@@ -362,7 +364,7 @@ def _imitation_loss(
     net: BertForPreTraining, batch: Batch, theirs: Any, distance: Callable[..., Tensor], weight: float
 ) -> tuple[Tensor, Tensor, PreTrainingLoss | None]:
     """What is trained on, the share of the hidden states that is missed, and the heads' losses if they learn."""
-    output = _forward(net, batch, states=True)
+    output = _forward(net, batch, states=True, words=weight < 1)
     missed = distance(output, theirs, batch["attention_mask"])
     if weight == 1:
         return missed, missed.detach(), None

@@ -53,7 +53,7 @@ class Distillation:
         task: ``classification``: KL(teacher || student) of the logits ``(B, C)``. ``question_answering``: the mean of
             those of the start and end logits ``(B, T)`` over positions. ``regression``: mean squared difference of the
             outputs. ``hidden_states``: the mean over layers of ``|student - teacher|^2 / |teacher|^2``; the first state,
-            that of the embeddings, is left out.
+            that of the embeddings, is left out, and ``.pooler_output`` is one more where both have it.
         temperature: divides both logits; above 1 softens. Of no effect without logits (regression, hidden states), where it
             must stay 1.
         weight: of the teacher, from 0 (excluded) to 1 (labels are ignored).
@@ -129,7 +129,11 @@ class Distillation:
                     "belongs to the positions of question answering, or of hidden states"
                 )
         if states:
-            return torch.stack([_relative(a, b, mask) for a, b in zip(mine, theirs, strict=True)]).mean()
+            errors = [_relative(a, b, mask) for a, b in zip(mine, theirs, strict=True)]
+            pooled = [getattr(outputs, "pooler_output", None) for outputs in (student, teacher)]
+            if pooled[0] is not None and pooled[1] is not None:
+                errors.append(_relative(pooled[0], pooled[1], None))
+            return torch.stack(errors).mean()
         if self.task == "regression":
             return F.mse_loss(mine[0].float(), theirs[0].float())
         losses = [self._divergence(a, b, mask) for a, b in zip(mine, theirs, strict=True)]
@@ -155,7 +159,9 @@ class Distillation:
             start, end = outputs
             return start, end
         if self.task == "hidden_states":
-            found = getattr(outputs, "hidden_states", outputs)
+            # A named tuple without that field is outputs of another kind, and no sequence of states.
+            sequence = type(outputs) in (list, tuple)
+            found = outputs if sequence else getattr(outputs, "hidden_states", None)
             if found is None or isinstance(found, Tensor) or len(found) < 2:
                 raise ValueError(
                     "no hidden states of layers among the outputs: ask the model for them (output_hidden_states=True)"
@@ -172,7 +178,7 @@ class Distillation:
 
 
 def _relative(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-    """``|student - teacher|^2 / |teacher|^2`` of ``(B, T, hidden)``, in float32, over the positions of ``mask``."""
+    """``|student - teacher|^2 / |teacher|^2`` in float32, of ``(B, T, hidden)`` over the positions of ``mask``."""
     student, teacher = student.float(), teacher.float()
     if mask is not None:
         kept = mask.bool()[..., None]

@@ -11,12 +11,13 @@ from slope_pl.nn import built_whole
 class PreTrainingOutput(NamedTuple):
     """``prediction_logits`` ``(B, T or P, vocab)``; ``seq_relationship_logits`` ``(B, 2)``: is next, is random.
 
-    ``hidden_states`` as those of :class:`slope_pl.models.BertModelOutput`.
+    ``hidden_states`` and ``pooler_output`` as those of :class:`slope_pl.models.BertModelOutput`, or None if not asked for.
     """
 
     prediction_logits: Tensor
     seq_relationship_logits: Tensor
     hidden_states: tuple[Tensor, ...] | None = None
+    pooler_output: Tensor | None = None
 
 
 class QuestionAnsweringOutput(NamedTuple):
@@ -89,7 +90,8 @@ class BertForPreTraining(nn.Module):
                 shape = tuple(masked_positions.shape)
                 raise ValueError(f"masked_positions has shape {shape}, expected (B, P) with B = {x.shape[0]}.")
             x = x.take_along_dim(masked_positions[..., None], dim=1)
-        return PreTrainingOutput(self.cls["predictions"](x), self.cls["seq_relationship"](pooled), states)
+        words, pairs = self.cls["predictions"](x), self.cls["seq_relationship"](pooled)
+        return PreTrainingOutput(words, pairs, states, pooled if output_hidden_states else None)
 
 
 class BertForQuestionAnswering(nn.Module):

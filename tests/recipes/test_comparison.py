@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,17 @@ from recipes.bert_large import compare, comparison, glue, glue_all, pretrain
 from recipes.bert_large.glue_report import best_rates
 from recipes.bert_large.glue_sample import write_sample
 from recipes.bert_large.ledger import read
-from recipes.bert_large.methods import MASKS, STARTS, Place, Run, dense_sibling, first_stage, method_arguments
+from recipes.bert_large.methods import (
+    MASKS,
+    STARTS,
+    Place,
+    Run,
+    check_recovered,
+    dense_sibling,
+    first_stage,
+    method_arguments,
+    recovered_checkpoint,
+)
 from slope_pl.lightning import faded_masks
 from slope_pl.models import BertConfig, BertForQuestionAnswering, save_pretrained
 
@@ -39,6 +50,36 @@ def go(tmp_path, data, *arguments: str, steps: int = 20) -> int:
         "--in-process",
     ]
     return glue_all.main([*place, *arguments, "--trainer.max_steps", str(steps), "--trainer.accelerator", "cpu"])
+
+
+def pretrained(tmp_path, name: str, *arguments: str, steps: int = 2) -> str:
+    """A sparse checkpoint of pretraining, of the architecture of glue_sample.yaml."""
+    sizes = ["hidden_size", "64", "num_hidden_layers", "2", "num_attention_heads", "4", "intermediate_size", "128"]
+    sizes += ["vocab_size", "2048", "max_position_embeddings", "64"]
+    bert = [word for key, value in zip(sizes[::2], sizes[1::2], strict=True) for word in (f"--model.bert.{key}", value)]
+    short = ["--trainer.max_steps", str(steps), "--trainer.limit_val_batches", "0", "--trainer.accelerator", "cpu"]
+    cli = pretrain.main(
+        ["fit", "--config", str(ROOT / "recipes/bert_large/pretrain_tiny.yaml"), *bert, *short,
+         "--data.cache_dir", str(tmp_path / "cache"), *arguments,
+         "--trainer.logger.init_args.save_dir", str(tmp_path / name)]
+    )  # fmt: skip
+    assert cli is not None
+    return cli.trainer.checkpoint_callback.last_model_path
+
+
+def recovered(tmp_path, *arguments: str, **steps: int) -> Path:
+    """A folder with checkpoints for recovered starts, by name the steps that each was trained for.
+
+    Runs of pretraining: a recovery leaves the same file (test_imitation.py).
+    """
+    folder = tmp_path / "recovered"
+    folder.mkdir()
+    for name, count in steps.items():
+        rank = name.partition("_r")[2]
+        awake = ["--model.slope.adapter_rank", rank, "--model.slope.adapter_start_step", "0"] if rank else []
+        saved = pretrained(tmp_path, name, *arguments, *awake, steps=count)
+        shutil.copy(saved, folder / f"{name.replace('_', '-')}.ckpt")
+    return folder
 
 
 # Names and arguments ---------------------------------------------------------------------------------------------------
@@ -97,10 +138,55 @@ def test_arguments_parse(capsys, mask, method):
         assert f"adapter_start_step: {0 if method == 'sparse' else 'null'}\n" in text
 
 
-def test_the_second_stage_does_not_choose_masks():
-    arguments = method_arguments(replace(PLAIN, start="gradual"), CONFIGS)
+@pytest.mark.parametrize(("start", "batches"), [("gradual", "0"), ("early+recovered", "0"), ("teacher", "16")])
+def test_a_start_that_brings_masks_does_not_choose_them(capsys, start, batches):
+    arguments = method_arguments(replace(PLAIN, start=start), CONFIGS)
     at = len(arguments) - arguments[::-1].index("--model.slope.mask_calibration_batches")
-    assert arguments[at] == "0"
+    assert arguments[at] == batches
+    with pytest.raises(SystemExit):
+        glue.main(["fit", *arguments, "--data.task", "rte", "--print_config"])
+    assert f"mask_calibration_batches: {batches}\n" in capsys.readouterr().out
+
+
+def test_a_recovered_start_takes_the_checkpoint_of_its_rank_before_that_of_its_mask(tmp_path, monkeypatch):
+    (tmp_path / "wanda.ckpt").touch()
+    (tmp_path / "wanda-r4.ckpt").touch()
+    (tmp_path / "magnitude-r16.ckpt").touch()
+    run = replace(PLAIN, start="recovered")
+    assert recovered_checkpoint(run, tmp_path) == tmp_path / "wanda-r4.ckpt"
+    assert recovered_checkpoint(replace(run, rank=0), tmp_path) == tmp_path / "wanda.ckpt"
+    assert recovered_checkpoint(replace(run, mask="magnitude", rank=16), tmp_path) == tmp_path / "magnitude-r16.ckpt"
+    monkeypatch.chdir(tmp_path)  # whatever directory the run is made in
+    assert recovered_checkpoint(run, Path(".")) == tmp_path / "wanda-r4.ckpt"
+    for other, names in (
+        (replace(run, mask="magnitude"), "neither magnitude-r4.ckpt nor magnitude.ckpt"),
+        (replace(run, mask="random", rank=0), "neither random-r0.ckpt nor random.ckpt"),
+    ):
+        with pytest.raises(SystemExit, match=f"--recovered .* has {names}: copy the checkpoint"):
+            check_recovered([PLAIN, run, other], tmp_path)
+    check_recovered([PLAIN, run], tmp_path)
+    check_recovered([PLAIN], None)
+
+
+@pytest.mark.parametrize(
+    ("starts", "folder", "message"),
+    [
+        (["recovered"], None, r"--starts recovered needs --recovered FOLDER, with transposable\.ckpt of pretrain_rec"),
+        (["plain", "teacher+recovered"], None, r"--starts teacher\+recovered needs --recovered FOLDER"),
+        (["recovered"], "nowhere", r"nowhere has neither transposable-r4\.ckpt nor transposable\.ckpt"),
+        (["recovered"], "", "has neither"),
+        (["plain", "teacher"], "", "has no effect without a recovered start: add --starts recovered"),
+        (["tuned+recovered"], "", r"--starts tuned\+recovered: a run starts from one place, recovered or tuned"),
+        (["gradual+recovered"], "", r"--starts recovered\+gradual: a run starts from one place, recovered or gradual"),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_recovered_starts_are_checked_before_anything_runs(tmp_path, data, monkeypatch, starts, folder, message, more):
+    monkeypatch.setattr(comparison, "train", lambda run, *rest: pytest.fail(f"{run} was run"))
+    given = [] if folder is None else ["--recovered", str(tmp_path / folder)]
+    arguments = ["--methods", "sparse", "--masks", "transposable", "--ranks", "4", "--starts", *starts, *given, *more]
+    with pytest.raises(SystemExit, match=message):
+        go(tmp_path, data, *arguments)
 
 
 def options(*arguments: str) -> argparse.Namespace:
@@ -143,23 +229,27 @@ def test_every_start_runs_after_the_dense_runs_it_needs(tmp_path, data, caplog, 
     made = []
     train = comparison.train
     monkeypatch.setattr(comparison, "train", lambda run, *rest: made.append(str(run)) or train(run, *rest))
+    folder = recovered(tmp_path, "--model.slope.mask", "transposable", transposable=3)
     arguments = ["--masks", "transposable", "--ranks", "4", "--rates", "1e-3", "--starts"]
-    assert go(tmp_path, data, *arguments, *STARTS, "teacher+gradual", "--methods", "sparse") == 0
+    every = [*arguments, *STARTS, "teacher+gradual", "--recovered", str(folder)]
+    assert go(tmp_path, data, *every, "--methods", "sparse") == 0
     dense = "rte, dense, rate 0.001, seed 0"
     assert made[0] == dense
     assert {name.split(", rate")[0] for name in made[1:3]} == {
         f"rte, first stage of 2:4 transposable, r = 0{more}" for more in ("", ", teacher")
     }
-    assert len(made) == 8
+    assert len(made) == 9
     results = {result.label: result for result in read(tmp_path / "results.csv")}
     assert next(iter(results)) == "dense"  # made for others, and a result of its own
     before = {result.start: result.steps_before for result in results.values()}
-    assert before == {"plain": 0, "early": 0, "teacher": 0, "tuned": 20, "gradual": 20, "teacher+gradual": 20}
+    assert before == {
+        "plain": 0, "early": 0, "teacher": 0, "tuned": 20, "recovered": 3, "gradual": 20, "teacher+gradual": 20,
+    }  # fmt: skip
     woke = {result.start: result.woke_at_step for result in results.values()}
     assert (woke["early"], woke["gradual"]) == (0, 19)
     # Nothing of it is made again, and the first stages serve other ranks.
     made.clear()
-    assert go(tmp_path, data, *arguments, *STARTS, "teacher+gradual") == 0
+    assert go(tmp_path, data, *every) == 0
     assert made == []
     assert go(tmp_path, data, *arguments, "gradual", "--ranks", "8") == 0
     assert made == ["rte, 2:4 transposable, r = 8, gradual, rate 0.001, seed 0"]
@@ -170,6 +260,30 @@ def test_every_start_runs_after_the_dense_runs_it_needs(tmp_path, data, caplog, 
     assert caplog.text.count("head included, faded to 2:4 masks") == 3
     assert caplog.text.count("head included, dense") == 1
     assert caplog.text.count("Teacher: ") == 3
+
+
+def test_recovered_starts_keep_the_masks_of_the_recovery(tmp_path, data, monkeypatch):
+    """With a calibrated mask, of the checkpoint of the rank if there is one, whose adapters are awake; and a teacher."""
+    folder = recovered(tmp_path, "--model.slope.mask_calibration_batches", "2", wanda=2, wanda_r4=3)
+    given = {}
+    train = comparison.train
+    monkeypatch.setattr(
+        comparison, "train", lambda run, job, more, keep: given.update({run.label: more}) or train(run, job, more, keep)
+    )
+    arguments = ["--methods", "sparse", "--masks", "wanda", "--ranks", "0", "4", "--recovered", str(folder)]
+    assert go(tmp_path, data, *arguments, "--starts", "recovered", "teacher+recovered") == 0
+    results = {result.label: result for result in read(tmp_path / "results.csv")}
+    assert [(label, result.steps_before, result.steps) for label, result in results.items() if label != "dense"] == [
+        ("2:4 wanda, r = 0, recovered", 2, 20), ("2:4 wanda, r = 0, teacher + recovered", 2, 20),
+        ("2:4 wanda, r = 4, recovered", 3, 20), ("2:4 wanda, r = 4, teacher + recovered", 3, 20),
+    ]  # fmt: skip
+    assert given["dense"] == []
+    assert results.pop("dense").steps_before == 0
+    for label, result in results.items():
+        start = folder / ("wanda-r4.ckpt" if result.rank else "wanda.ckpt")
+        assert given[label][:2] == ["--model.weights", str(start)]
+        assert f"Masks of 10 layers are still those of {start}." in (tmp_path / result.run.name / "log.txt").read_text()
+        assert ("--model.teacher.checkpoint" in given[label]) == ("teacher" in label)
 
 
 def test_a_first_stage_of_another_share_is_not_taken_for_this_one(tmp_path, data, monkeypatch):
@@ -185,19 +299,7 @@ def test_a_first_stage_of_another_share_is_not_taken_for_this_one(tmp_path, data
 
 def test_weights_may_be_a_pretraining_checkpoint(tmp_path, data, capsys):
     """The chain by the runner: masks kept, no vocabulary taken from the checkpoint, checkpoints told apart."""
-    sizes = ["hidden_size", "64", "num_hidden_layers", "2", "num_attention_heads", "4", "intermediate_size", "128"]
-    sizes += ["vocab_size", "2048", "max_position_embeddings", "64"]
-    bert = [word for key, value in zip(sizes[::2], sizes[1::2], strict=True) for word in (f"--model.bert.{key}", value)]
-    saved = []
-    for name in ("one", "two"):
-        short = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "0", "--trainer.accelerator", "cpu"]
-        cli = pretrain.main(
-            ["fit", "--config", str(ROOT / "recipes/bert_large/pretrain_tiny.yaml"), *bert, *short,
-             "--data.cache_dir", str(tmp_path / "cache"), "--seed_everything", str(len(saved)),
-             "--trainer.logger.init_args.save_dir", str(tmp_path / name)]
-        )  # fmt: skip
-        assert cli is not None
-        saved.append(cli.trainer.checkpoint_callback.last_model_path)
+    saved = [pretrained(tmp_path, name, "--seed_everything", str(i)) for i, name in enumerate(("one", "two"))]
     own = [
         "--config",
         "glue_minilm.yaml",

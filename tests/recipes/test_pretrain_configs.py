@@ -43,7 +43,7 @@ def command(path: Path) -> list[str]:
 def test_no_config_is_overlooked():
     kinds = ("phase1", "phase2", "phase1_novels", "phase2_novels", "tiny")
     phases = {f"pretrain_{name}{dense}" for name in kinds for dense in ("", "_dense")}
-    assert {path.stem for path in RUNS} == phases | {"pretrain_tiny_phase2"}
+    assert {path.stem for path in RUNS} == phases | {"pretrain_tiny_phase2", "pretrain_recover"}
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
@@ -61,7 +61,25 @@ def test_command_of_the_header_parses(path, capsys, monkeypatch):
     assert f"recipes/bert_large/{path.name}" in words
     config = resolved(capsys, *words[3:])
     assert config["trainer"]["max_steps"] > 0
-    assert config["model"]["optimizer"] == "lamb"
+    recovers = path.name == "pretrain_recover.yaml"  # a fine-tuning on hidden states, the others are pretraining
+    assert config["model"]["optimizer"] == ("adamw" if recovers else "lamb")
+    assert (config["model"]["imitation"] is not None) == recovers
+
+
+def test_recovery_imitates_what_it_starts_from_without_dropout(capsys):
+    path = CONFIGS["pretrain_recover"]
+    config = resolved(capsys, *command(path)[3:])
+    model, data, trainer = config["model"], config["data"], config["trainer"]
+    assert model["imitation"] == {"weight": 1.0, "teacher": None}
+    assert (model["weights"], data["tokenizer"], data["source"]) == ("WEIGHTS", "WEIGHTS", "FOLDER")
+    assert (model["bert"], model["start_from"], model["dropout"]) == (None, None, 0.0)
+    assert model["slope"]["mask"] == "magnitude"
+    assert trainer["max_steps"] % trainer["val_check_interval"] == 0  # the last step is validated too
+    # The line for adapters: awake in this run, from the first step on.
+    (line,) = [line for line in comments(path) if line.startswith("Adapters")]
+    options = shlex.split(re.search(r"--[^:]*", line)[0])
+    slope = resolved(capsys, "fit", "--config", str(path), *options)["model"]["slope"]
+    assert (slope["adapter_rank"], slope["adapter_start_step"]) == (16, 0)
 
 
 @pytest.mark.parametrize("name", ["phase1", "phase2", "tiny"])

@@ -63,6 +63,37 @@ def test_minilm_hidden_states_equal_transformers():
     assert difference("base", ours, theirs, batch(ours.config, length=64)) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["base", "pretraining"])
+@torch.no_grad()
+def test_hidden_states_equal_transformers(kind):
+    theirs, ours, inputs = build_theirs(kind), build(kind, seed=9), batch()
+    ours.load_state_dict(theirs.state_dict())
+    without = ours(**inputs)
+    assert without.hidden_states is None
+    for given in (inputs, {"input_ids": inputs["input_ids"]}):
+        expected = theirs(**given, output_hidden_states=True).hidden_states
+        found = ours(**given, output_hidden_states=True).hidden_states
+        assert isinstance(found, tuple)
+        assert len(found) == len(expected) == MINI.num_hidden_layers + 1
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+        assert all((a - b).abs().max() > 0.1 for a, b in zip(found[1:], found, strict=False))
+    asked = ours(**inputs, output_hidden_states=True)
+    assert all(torch.equal(getattr(asked, name), getattr(without, name)) for name in OUTPUTS[kind])
+    if kind == "base":
+        assert torch.equal(asked.hidden_states[-1], asked.last_hidden_state)
+
+
+def test_hidden_states_carry_gradients_and_come_with_masked_positions():
+    model, inputs = build("pretraining"), batch()
+    asked = model(**inputs, masked_positions=torch.tensor([[3], [0]]), output_hidden_states=True)
+    assert [tuple(state.shape) for state in asked.hidden_states] == [(2, 16, 32)] * 4  # of all positions
+    asked.hidden_states[1].square().sum().backward()
+    layers = model.bert.encoder.layer
+    assert layers[0].output.dense.weight.grad.abs().max() > 0
+    assert layers[1].output.dense.weight.grad is None
+
+
 def test_large_and_base_have_the_published_numbers_of_parameters():
     with torch.device("meta"):
         counts = [sum(p.numel() for p in BertModel(c).parameters()) for c in (BertConfig.base(), BertConfig.large())]

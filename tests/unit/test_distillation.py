@@ -117,6 +117,115 @@ def test_a_student_that_equals_its_teacher_has_no_distance():
     torch.testing.assert_close(logits.grad, torch.zeros_like(logits))
 
 
+# ---------------------------------------------------------------------------------------------------- hidden states
+
+
+def states(count=4, shape=(2, 5, 6), seed=0):
+    return [gaussian(*shape, seed=10 * seed + i) for i in range(count)]
+
+
+def missed(teacher, student, mask=None):
+    """The share of the teacher's squares that is missed at the positions of the mask; mean over layers, in Python floats."""
+    layers = []
+    for a, b in zip(teacher[1:], student[1:], strict=True):
+        kept = torch.ones(a.shape[:2]).bool() if mask is None else mask.bool()
+        t, s = a[kept].double().flatten().tolist(), b[kept].double().flatten().tolist()
+        layers.append(sum((x - y) ** 2 for x, y in zip(t, s, strict=True)) / sum(x**2 for x in t))
+    return sum(layers) / len(layers)
+
+
+PADDED = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("mask", [None, PADDED, PADDED.bool()], ids=["none", "int", "bool"])
+@pytest.mark.parametrize("weight", [0.25, 1.0])
+@pytest.mark.parametrize("wrap", [list, tuple, lambda given: SimpleNamespace(hidden_states=tuple(given))])
+def test_hidden_states(mask, weight, wrap):
+    teacher, student = states(), states(seed=1)
+    teacher[1] *= 7.0  # layers of another size count no more than others
+    for state in student:
+        state.requires_grad_()
+    value = Distillation(Fixed(*teacher), "hidden_states", weight=weight)(
+        torch.tensor(0.7), wrap(student), INPUTS, mask
+    )
+    assert value.item() == pytest.approx((1 - weight) * 0.7 + weight * missed(teacher, student, mask), rel=1e-5)
+    value.backward()
+    assert student[0].grad is None  # that of the embeddings is left out
+    kept = torch.ones(2, 5, 1) if mask is None else mask[..., None].float()
+    for a, b in zip(teacher[1:], student[1:], strict=True):
+        expected = weight / 3 * 2 * kept * (b.detach() - a) / (kept * a**2).sum()
+        torch.testing.assert_close(b.grad, expected)
+
+
+def test_the_state_of_the_embeddings_does_not_count():
+    teacher, student = states(), states(seed=1)
+    loss = Distillation(Fixed(), "hidden_states", weight=1.0)
+    value = loss.distance(student, teacher)
+    assert loss.distance([torch.full((2, 5, 6), math.inf), *student[1:]], teacher) == value
+    assert loss.distance([torch.zeros(1), *student[1:]], [torch.zeros(2), *teacher[1:]]) == value
+    assert loss.distance([*student[:3], 2 * student[3]], teacher) != value
+
+
+@pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf, 1e30])
+def test_whatever_stands_in_padding_counts_nothing(junk):
+    teacher, student = states(), states(seed=1)
+    expected = missed(teacher, student, PADDED)
+    for state in (*teacher, *student):
+        state[PADDED == 0] = junk
+    for state in student[1:]:
+        state.requires_grad_()
+    value = Distillation(Fixed(), "hidden_states").distance(student, teacher, PADDED)
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+    value.backward()
+    for state in student[1:]:
+        assert not state.grad[PADDED == 0].any()
+        assert torch.isfinite(state.grad).all()
+        assert state.grad[PADDED == 1].all()
+
+
+def test_hidden_states_that_are_the_teachers_or_are_padding_alone():
+    student = [state.requires_grad_() for state in states()]
+    loss = Distillation(Fixed(), "hidden_states")
+    same = loss.distance(student, [state.detach().clone() for state in student])
+    empty = loss.distance(student, states(seed=1), torch.zeros(2, 5, dtype=torch.int64))
+    (same + empty).backward()
+    assert same.item() == empty.item() == 0.0
+    assert not any(state.grad.any() for state in student[1:])
+    # A student of zeros misses all, whatever the size.
+    assert loss.distance([torch.zeros(2, 5, 6)] * 4, [1e-3 * state for state in states()]).item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_hidden_states_are_compared_in_float32(dtype):
+    teacher, student = (
+        [300 * state.to(dtype) for state in states(seed=seed)] for seed in (0, 1)
+    )  # squares: over 65,504
+    value = Distillation(Fixed(), "hidden_states").distance(student, teacher)
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(missed(teacher, student), rel=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_hidden_states_of_a_net_and_its_teacher(masked):
+    """With padding, a model that differs from its teacher in the last layer alone misses something there alone."""
+    teacher = bert_cases.build("base")
+    net = copy.deepcopy(teacher)
+    inputs = bert_cases.batch() | {"output_hidden_states": True}
+    loss = Distillation(teacher, "hidden_states", weight=1.0)
+    mask = inputs["attention_mask"] if masked else None
+    assert loss(torch.tensor(9.0), net(**inputs), inputs, mask).item() == 0.0
+    with torch.no_grad():
+        net.encoder.layer[2].output.LayerNorm.bias += 0.1
+    output = net(**inputs)
+    value = loss(torch.tensor(9.0), output, inputs, mask)
+    kept = torch.ones(2, 16) if mask is None else mask
+    theirs = teacher(**inputs).last_hidden_state[kept == 1]
+    assert value.item() == pytest.approx(0.01 * theirs.numel() / theirs.square().sum().item() / 3, rel=1e-4)
+    value.backward()
+    assert net.encoder.layer[0].intermediate.dense.weight.grad is not None
+    assert all(p.grad is None for p in teacher.parameters())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_logits_are_compared_in_float32(dtype):
     teacher, student = gaussian(5, 3).to(dtype), gaussian(5, 3, seed=1).to(dtype)
@@ -205,6 +314,7 @@ def test_memory_of_the_teacher():
         ({"task": "classification", "temperature": 0.0}, "temperature=0.0: a number above 0"),
         ({"task": "classification", "temperature": math.inf}, "temperature=inf"),
         ({"task": "regression", "temperature": 2.0}, "no effect with task='regression'"),
+        ({"task": "hidden_states", "temperature": 2.0}, "no effect with task='hidden_states'"),
         ({"task": "classification", "weight": 0.0}, "weight=0.0: above 0 and at most 1"),
         ({"task": "classification", "weight": 1.5}, "weight=1.5"),
     ],
@@ -223,6 +333,39 @@ def test_outputs_that_do_not_fit():
     questions = Distillation(Fixed(gaussian(5, 3), gaussian(5, 3)), "question_answering")
     with pytest.raises(ValueError, match=r"mask of shape \(3, 5\)"):
         questions(torch.tensor(0.0), (gaussian(5, 3), gaussian(5, 3)), INPUTS, torch.ones(3, 5))
+
+
+@pytest.mark.parametrize(
+    ("student", "mask", "message"),
+    [
+        (states(3), None, "the student has 2 hidden states, the teacher 3; a teacher as deep is expected"),
+        (states(5), None, "the student has 4 hidden states, the teacher 3"),
+        (states(4, (2, 5, 8)), None, r"are \(2, 5, 8\), the teacher's \(2, 5, 6\); a teacher as wide is expected"),
+        (states(4, (2, 3, 6)), None, r"are \(2, 3, 6\), the teacher's \(2, 5, 6\)"),
+        (None, None, r"no hidden states of layers among the outputs.*output_hidden_states=True"),
+        (SimpleNamespace(hidden_states=None), None, "no hidden states"),
+        (gaussian(4, 5, 6), None, "no hidden states"),
+        (SimpleNamespace(hidden_states=gaussian(4, 5, 6)), None, "no hidden states"),
+        (states(1), None, "no hidden states of layers"),
+        ([], None, "no hidden states"),
+        (states(), torch.ones(2, 4), r"mask of shape \(2, 4\) with outputs \(2, 5, 6\) and task 'hidden_states'"),
+        (states(), torch.ones(2, 5, 6), r"mask of shape \(2, 5, 6\)"),
+        (states(), torch.ones(2, 1), r"mask of shape \(2, 1\)"),
+    ],
+)
+def test_hidden_states_that_do_not_fit(student, mask, message):
+    loss = Distillation(Fixed(*states()), "hidden_states")
+    with pytest.raises(ValueError, match=message):
+        loss(torch.tensor(0.0), student, INPUTS, mask)
+
+
+def test_a_model_that_was_not_asked_for_its_hidden_states_is_named():
+    net, inputs = bert_cases.build("pretraining"), bert_cases.batch()
+    loss = Distillation(bert_cases.build("base"), "hidden_states")
+    with pytest.raises(ValueError, match="ask the model for them"):
+        loss(torch.tensor(0.0), net(**inputs), inputs)
+    with pytest.raises(ValueError, match="ask the model for them"):  # the teacher's
+        loss(torch.tensor(0.0), net(**inputs, output_hidden_states=True), inputs)
 
 
 def test_a_teacher_from_a_checkpoint(tmp_path):

@@ -1,0 +1,434 @@
+"""Recovery as a user runs it: a pruned BERT of two layers learns the hidden states of its dense self, then goes on to GLUE."""
+
+import csv
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from recipes.bert_large.glue_sample import write_sample
+from recipes.bert_large.imitation import ImitationConfig, load_imitated, set_dropout
+from recipes.bert_large.pretrain_module import BertPretraining, _imitation_loss
+from slope_pl import (
+    CheckpointError,
+    ConfigError,
+    Distillation,
+    SLoPeConfig,
+    dense_state_dict,
+    sparse_layers,
+    sparsify,
+    wake_adapters,
+)
+from slope_pl.models import BertConfig, BertForPreTraining, BertModel, load_config, load_pretrained, save_pretrained
+from slope_pl.models.bert import BertSelfAttention
+from tests.recipes import test_glue_recipe, test_pretrain_recipe
+from tests.recipes.test_pretrain_recipe import ROOT, SMALL, state_of
+from tests.unit.bert_cases import randomise
+from tests.unit.test_distillation import missed
+
+# Weights ten times larger than BERT's: pruning then changes the hidden states, which are mostly embeddings otherwise.
+CONFIG = BertConfig(**SMALL, initializer_range=0.2)
+MISSED = "of the teacher's hidden states missed"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A Hugging Face folder of a dense BERT."""
+    torch.manual_seed(1)
+    folder = save_pretrained(randomise(BertForPreTraining(CONFIG)), tmp_path_factory.mktemp("weights"))
+    (folder / "vocab.txt").write_text((ROOT / "data/sample/vocab.txt").read_text())
+    return str(folder)
+
+
+def run(tmp_path, subcommand, weights, *arguments, config="pretrain_recover.yaml", bert=None):
+    """The recipe's command line, cut down to 12 steps of 8 short texts; a value of every step is in metrics.csv."""
+    start = ["--model.weights", weights or "null", *(["--data.tokenizer", weights] if weights else [])]
+    start += ["--data.separator", "\n\n", "--data.max_length", "32", "--data.max_predictions", "5"]
+    start += ["--data.num_workers", "0", "--data.eval_batch_size", "8", "--trainer.precision", "32-true"]
+    start += ["--trainer.logger.class_path", "lightning.pytorch.loggers.CSVLogger", "--trainer.log_every_n_steps", "1"]
+    return test_pretrain_recipe.run(tmp_path, subcommand, *start, *arguments, config=config, bert=bert)
+
+
+def curves(result):
+    """What was logged: by name, the values in their order."""
+    with open(f"{result['rows']['log']}/metrics.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    return {name: [float(row[name]) for row in rows if row[name]] for name in rows[0]}
+
+
+def dense_weights(result):
+    """The trained net by a dense one's names, zeros in place of what was pruned."""
+    return dense_state_dict(BertPretraining.load_from_checkpoint(result["checkpoint"], weights_only=True).net)
+
+
+def start_of(weights):
+    net = BertForPreTraining(load_config(weights))
+    load_pretrained(net, weights)
+    return net.state_dict()
+
+
+@pytest.fixture(scope="module")
+def fitted(weights, tmp_path_factory):
+    return run(
+        tmp_path_factory.mktemp("fit"),
+        "fit",
+        weights,
+        "--trainer.max_steps",
+        "24",
+        "--trainer.val_check_interval",
+        "12",
+    )
+
+
+@pytest.fixture(scope="module")
+def adapted(weights, tmp_path_factory):
+    """With calibrated masks and adapters that are awake from the first step, as a start for fine-tuning."""
+    slope = ["--model.slope.adapter_rank", "4", "--model.slope.adapter_start_step", "0"]
+    return run(
+        tmp_path_factory.mktemp("adapted"), "fit", weights, *slope, "--model.slope.mask_calibration_batches", "2"
+    )
+
+
+# A run ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_student_learns_the_hidden_states_and_nothing_else(fitted):
+    logged = curves(fitted)
+    shares = logged["train/imitation"]
+    assert len(shares) == 24
+    assert sum(shares[-4:]) < 0.6 * sum(shares[:4])
+    assert 0 < logged["val/imitation"][1] < logged["val/imitation"][0] < 1
+    assert logged["train/loss"] == shares
+    assert set(fitted["scores"]) == {"val/imitation", "val/loss"}
+    assert fitted["scores"]["val/imitation"] == fitted["scores"]["val/loss"]
+    assert not [name for name in logged if "mlm" in name or "nsp" in name]
+
+
+def test_what_is_logged_is_the_share_of_the_squares_outside_padding(weights, tmp_path, monkeypatch):
+    """Of every training batch when it was seen, and of the validation set, whose batches count by their words."""
+    teacher = BertModel(load_config(weights)).eval()
+    load_pretrained(teacher, weights)
+    expected, words = {}, {}
+
+    def watch(name):
+        step = getattr(BertPretraining, name)
+
+        @torch.no_grad()
+        def measure(module, batch):
+            inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids")}
+            states = [net(**inputs, output_hidden_states=True).hidden_states for net in (teacher, module.net.bert)]
+            expected.setdefault(name, []).append(missed(*states, batch["attention_mask"]))
+            words.setdefault(name, []).append(batch["attention_mask"].sum().item())
+
+        def watched(module, batch, index):
+            measure(module, batch)
+            return step(module, batch, index)
+
+        monkeypatch.setattr(BertPretraining, name, watched)
+
+    watch("training_step")
+    watch("validation_step")
+    short = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "4", "--data.max_length", "64"]
+    result = run(tmp_path, "fit", weights, *short, "--data.eval_batch_size", "4")
+    logged = curves(result)
+    assert logged["train/imitation"] == pytest.approx(expected["training_step"], rel=1e-4)
+    assert max(words["training_step"]) < 8 * 64
+    count = words["validation_step"]
+    assert len(set(count)) == len(count) == 2
+    assert max(count) < 4 * 64
+    mean = sum(share * n for share, n in zip(expected["validation_step"], count, strict=True)) / sum(count)
+    assert logged["val/imitation"] == pytest.approx([mean], rel=1e-4)
+
+
+def test_the_table_says_what_is_missed_and_where_it_began(fitted, weights):
+    rows = fitted["rows"]
+    assert rows[MISSED] == f"{fitted['scores']['val/imitation']:.4f} (squares)"
+    assert rows["started from"] == fitted["started_from"] == weights
+    assert not [label for label in rows if "masked words" in label or "sentences" in label]
+
+
+@pytest.mark.parametrize("kind", ["fitted", "adapted"])
+def test_heads_and_pooler_stay_and_the_encoder_moves(kind, weights, request):
+    result = request.getfixturevalue(kind)
+    before, after = start_of(weights), dense_weights(result)
+    assert before.keys() == after.keys()
+    heads = [
+        name
+        for name in before
+        if name.startswith(("cls.", "bert.pooler.")) and name != "cls.predictions.decoder.weight"
+    ]
+    assert len(heads) == 10
+    for name in heads:
+        pruned = name in ("bert.pooler.dense.weight", "cls.predictions.transform.dense.weight")
+        kept = after[name] != 0
+        assert torch.equal(after[name], before[name] * kept if pruned else before[name]), name
+        assert not pruned or kept.float().mean() == 0.5
+    # All else has moved: layers, embeddings, and so the decoder's matrix, which is theirs.
+    assert [name for name in before.keys() - heads if torch.equal(before[name], after[name])] == []
+    assert torch.equal(after["cls.predictions.decoder.weight"], after["bert.embeddings.word_embeddings.weight"])
+
+
+def test_adapters_of_the_encoder_learn_and_those_of_the_heads_do_not(adapted):
+    module = BertPretraining.load_from_checkpoint(adapted["checkpoint"], weights_only=True)
+    layers = sparse_layers(module)
+    assert (len(layers), adapted["woke_at_step"]) == (11, 0)
+    for name, layer in layers.items():
+        assert layer.adapters_awake
+        assert bool(layer.adapter_up.abs().max() > 0) == name.startswith("net.bert.encoder."), name
+
+
+def test_the_checkpoint_is_that_of_a_run_without_a_teacher(fitted):
+    saved = torch.load(fitted["checkpoint"], weights_only=True)
+    without = BertPretraining(bert=CONFIG, slope=SLoPeConfig())
+    without.configure_model()
+    assert saved["state_dict"].keys() == without.state_dict().keys()
+    settings = saved["hyper_parameters"]
+    assert (settings["dropout"], settings["imitation"]) == (0.0, {"weight": 1.0, "teacher": None})
+    assert BertConfig.from_dict(settings["bert"]) == CONFIG
+    assert settings["bert"]["hidden_dropout_prob"] == settings["bert"]["attention_probs_dropout_prob"] == 0.1
+
+
+def test_a_module_that_was_made_in_python_leaves_a_plain_checkpoint_too(tmp_path):
+    module = BertPretraining(bert=CONFIG, weights="folder", imitation=ImitationConfig(weight=0.5, teacher="other"))
+    module.configure_model()
+    content = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    module.on_save_checkpoint(content)
+    torch.save(content, tmp_path / "a.ckpt")
+    settings = torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"]
+    assert settings["imitation"] == {"weight": 0.5, "teacher": "other"}
+    again = BertPretraining(bert=CONFIG, weights="folder", imitation=settings["imitation"])
+    assert again.imitation == ImitationConfig(weight=0.5, teacher="other")
+
+
+@pytest.mark.parametrize(
+    "slope", [None, SLoPeConfig(), SLoPeConfig(adapter_rank=4)], ids=["dense", "sparse", "adapters"]
+)
+def test_heads_are_frozen_where_nothing_teaches_them(slope):
+    """Not merely left without a gradient: DDP would wait for one. The decoder's matrix is the embeddings'."""
+
+    def frozen(imitation):
+        module = BertPretraining(bert=CONFIG, weights="folder", slope=slope, imitation=imitation)
+        module.configure_model()
+        wake_adapters(module)
+        parts = {name.split(".")[1] for name, p in module.net.named_parameters() if not p.requires_grad}
+        heads = [*module.net.cls.parameters(), *module.net.bert.pooler.parameters()]
+        words = module.net.bert.embeddings.word_embeddings.weight
+        assert words.requires_grad
+        return parts, [p.requires_grad for p in heads if p is not words]
+
+    parts, learnt = frozen(ImitationConfig())
+    assert parts == {"predictions", "seq_relationship", "pooler"}
+    assert not any(learnt)
+    for imitation in (ImitationConfig(weight=0.5), None):
+        parts, learnt = frozen(imitation)
+        assert parts == set()
+        assert all(learnt)
+
+
+def test_validate_from_the_checkpoint_gives_the_same_scores(fitted, weights, tmp_path):
+    found = run(tmp_path, "validate", weights, "--ckpt_path", fitted["checkpoint"])
+    assert found["scores"] == fitted["scores"]
+    assert found["rows"][MISSED] == fitted["rows"][MISSED]
+
+
+def test_with_less_than_all_the_weight_the_heads_learn_too(weights, tmp_path):
+    result = run(tmp_path, "fit", weights, "--model.imitation.weight", "0.25", "--trainer.max_steps", "6")
+    logged, scores = curves(result), result["scores"]
+    names = ("train/mlm_loss", "train/nsp_loss", "train/imitation", "train/loss")
+    for mlm, nsp, share, loss in zip(*(logged[name] for name in names), strict=True):
+        assert 0 < share < 1 < mlm
+        assert loss == pytest.approx(0.75 * (mlm + nsp) + 0.25 * share, rel=1e-5)
+    assert set(scores) == {
+        f"val/{k}" for k in ("imitation", "loss", "mlm_loss", "nsp_loss", "mlm_accuracy", "nsp_accuracy")
+    }
+    assert scores["val/loss"] == pytest.approx(scores["val/mlm_loss"] + scores["val/nsp_loss"], rel=1e-6)
+    assert {MISSED, "masked words right"} <= result["rows"].keys()
+    before, after = start_of(weights), dense_weights(result)
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+def test_a_student_that_is_not_pruned_misses_nothing_but_what_dropout_takes(weights, tmp_path):
+    short = ["--model.slope", "null", "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0"]
+    assert curves(run(tmp_path, "fit", weights, *short))["train/imitation"] == pytest.approx([0.0], abs=1e-9)
+    (share,) = curves(run(tmp_path, "fit", weights, *short, "--model.dropout", "null"))["train/imitation"]
+    assert share > 0.01
+    # Validation is without dropout in any case.
+    found = run(tmp_path, "validate", weights, "--model.slope", "null", "--model.dropout", "null")
+    assert found["scores"]["val/imitation"] == pytest.approx(0.0, abs=1e-9)
+    assert found["model"] == "dense"
+    assert run(tmp_path, "validate", weights)["scores"]["val/imitation"] > 0.01
+
+
+def test_resume_equals_the_uninterrupted_run(weights, tmp_path):
+    """From the checkpoint of step 6, in the middle of an epoch, with dropout, to step 12: bit for bit."""
+    middle = tmp_path / "middle"
+    common = ["--model.dropout", "0.2", "--trainer.callbacks+", "lightning.pytorch.callbacks.ModelCheckpoint"]
+    common += ["--trainer.callbacks.dirpath", str(middle), "--trainer.callbacks.every_n_train_steps", "6"]
+    common += ["--trainer.callbacks.save_top_k", "-1"]
+    whole = run(tmp_path, "fit", weights, *common)
+    (checkpoint,) = middle.glob("*step=6.ckpt")
+    resumed = run(tmp_path, "fit", weights, *common, "--ckpt_path", str(checkpoint))
+    assert resumed["scores"] == whole["scores"]
+    assert curves(resumed)["train/imitation"] == curves(whole)["train/imitation"][6:]
+    a, b = state_of(whole), state_of(resumed)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+# What follows, and what comes before ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("fitted", "0"), ("adapted", "4")])
+def test_fine_tuning_keeps_masks_and_has_dropout_again(kind, rank, request, tmp_path, capsys):
+    recovered = request.getfixturevalue(kind)["checkpoint"]
+    start = ["--model.weights", recovered, "--model.bert", "null", "--model.slope.adapter_rank", rank]
+    glue = write_sample(tmp_path / "glue")
+    tuned = test_glue_recipe.run(tmp_path, "fit", glue, *start, "--trainer.max_steps", "4")["checkpoint"]
+    assert f"Masks of 10 layers are still those of {recovered}." in capsys.readouterr().out
+    before, after = (torch.load(file, weights_only=True) for file in (recovered, tuned))
+    old, new = before["state_dict"], after["state_dict"]
+    masks = [name for name in new if name.endswith(".indices")]
+    assert len(masks) == 10  # the encoder's nine, and the pooler
+    assert [name for name in masks if not torch.equal(old[name], new[name])] == []
+    values = [name for name in new if name.endswith(".values")]
+    assert [name for name in values if torch.equal(old[name], new[name])] == []  # nothing is frozen any more
+    assert {int(new[name]) for name in new if name.endswith("adapter_active")} == {int(rank != "0")}
+    assert after["hyper_parameters"]["bert"]["hidden_dropout_prob"] == 0.1
+
+
+@pytest.fixture(scope="module")
+def dense(weights, tmp_path_factory):
+    """A dense checkpoint of the recipe, whose weights are not the folder's."""
+    folder = tmp_path_factory.mktemp("dense")
+    found = run(folder, "fit", weights, "--trainer.max_steps", "4", config="pretrain_tiny_dense.yaml", bert=SMALL)
+    return found["checkpoint"]
+
+
+def test_a_dense_checkpoint_teaches_what_starts_from_it(dense, weights, tmp_path):
+    start = ["--model.start_from", dense, "--data.tokenizer", weights]
+    same = run(tmp_path, "validate", None, *start, "--model.slope", "null")
+    assert same["scores"]["val/imitation"] == pytest.approx(0.0, abs=1e-9)
+    found = run(tmp_path, "fit", None, *start)
+    logged = curves(found)["train/imitation"]
+    assert logged[-1] < logged[0] < 1
+    assert found["started_from"] == dense
+
+
+def test_a_teacher_that_is_named_is_the_one(dense, fitted, weights, tmp_path):
+    """Beside other weights it is not them; and a recovery goes on from a sparse checkpoint, if its teacher is named."""
+    named = ["--model.imitation.teacher", dense]
+    assert run(tmp_path, "validate", weights, "--model.slope", "null", *named)["scores"]["val/imitation"] > 1e-4
+    start = ["--model.start_from", fitted["checkpoint"], "--data.tokenizer", weights]
+    again = run(tmp_path, "validate", None, *start, "--model.imitation.teacher", weights)
+    assert again["scores"] == fitted["scores"]
+    with pytest.raises(CheckpointError, match="is of a 2:4 sparse model, which is no teacher: name a dense one"):
+        run(tmp_path, "fit", None, *start)
+
+
+def test_the_teacher_is_the_encoder_of_its_source(dense, weights):
+    ids = torch.randint(5, 2048, (2, 16))
+    saved = {name.removeprefix("net."): tensor for name, tensor in torch.load(dense)["state_dict"].items()}
+    for source, state in ((weights, start_of(weights)), (dense, saved)):
+        net = BertForPreTraining(CONFIG).eval()
+        net.load_state_dict(state, strict=False)
+        teacher = load_imitated(source, CONFIG, 2048).eval()
+        assert isinstance(teacher, BertModel)
+        assert teacher.pooler is None
+        assert torch.equal(teacher(ids).last_hidden_state, net.bert(ids).last_hidden_state)
+
+
+def test_dropout_is_set_in_every_place_and_not_in_the_configuration():
+    """One of the embeddings, two of each layer, and that of its attention, which is a field and no module."""
+    for sparse in (False, True):
+        module = BertPretraining(bert=CONFIG, slope=SLoPeConfig() if sparse else None, dropout=0.25)
+        module.configure_model()
+        rates = [part.p for part in module.modules() if isinstance(part, nn.Dropout)]
+        rates += [part.dropout_prob for part in module.modules() if isinstance(part, BertSelfAttention)]
+        assert rates == [0.25] * (1 + 2 * 2 + 2)
+        assert module.net.config.hidden_dropout_prob == module.net.config.attention_probs_dropout_prob == 0.1
+    net = BertForPreTraining(CONFIG).train()
+    ids = torch.randint(5, 2048, (2, 16))
+    assert not torch.equal(net(ids).prediction_logits, net(ids).prediction_logits)
+    set_dropout(net, 0.0)
+    assert torch.equal(net(ids).prediction_logits, net(ids).prediction_logits)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+def test_the_step_is_one_graph_for_the_compiler(weight):
+    """On a GPU the config has it compiled; here dynamo alone captures it."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    config = replace(CONFIG, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    teacher, net = BertModel(config), BertForPreTraining(config)
+    sparsify(net, SLoPeConfig())
+    distillation = Distillation(teacher, "hidden_states", weight=weight)
+    ids = torch.randint(5, 2048, (2, 16))
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids).tril(12),
+        "token_type_ids": ids % 2,
+        "masked_positions": torch.tensor([[3, 1], [0, 7]]),
+        "masked_labels": torch.tensor([[9, 9], [9, -100]]),
+        "next_sentence_label": torch.tensor([0, 1]),
+    }
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    theirs = distillation.outputs({name: batch[name] for name in names} | {"output_hidden_states": True})
+    given = (net, batch, theirs, distillation.distance, weight)
+    found, expected = (
+        f(*given) for f in (torch.compile(_imitation_loss, fullgraph=True, backend="eager"), _imitation_loss)
+    )
+    torch.testing.assert_close(found[:2], expected[:2])
+    assert (found[2] is None) == (expected[2] is None) == (weight == 1)
+
+
+# Refused --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.imitation.weight", "0"], "model.imitation.weight=0.0: above 0 and at most 1"),
+        (["--model.imitation.weight", "2"], "model.imitation.weight=2.0: above 0 and at most 1"),
+        (["--model.weights", "null"], "model.imitation has nothing to imitate: the run starts from random weights"),
+        (["--model.dropout", "1.0"], "dropout=1.0: 0 or more, and below 1"),
+        (["--model.dropout", "-0.1"], "dropout=-0.1: 0 or more"),
+        (["--model.imitation.teacher", "{deep}"], "has num_hidden_layers=3, the model 2: hidden states are compared"),
+        (["--model.imitation.teacher", "{few}"], "has 2048 tokens, the teacher {few} a vocabulary of 2047"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named_before_training(weights, tmp_path, capsys, arguments, message):
+    others = {"deep": {"num_hidden_layers": 3}, "few": {"vocab_size": 2047}}
+    for name, change in others.items():
+        save_pretrained(BertModel(replace(CONFIG, **change)), tmp_path / name)
+    folders = {name: str(tmp_path / name) for name in others}
+    with pytest.raises((SystemExit, ValueError)) as stop:
+        run(tmp_path, "fit", weights, *(argument.format(**folders) for argument in arguments))
+    assert message.format(**folders) in capsys.readouterr().err + str(stop.value)
+    assert not list(tmp_path.glob("**/metrics.csv"))
+
+
+@pytest.mark.parametrize("weight", [0, -0.5, 1.01, True, "1", None, float("nan")])
+def test_weights_out_of_range(weight):
+    with pytest.raises(ConfigError, match=r"model\.imitation\.weight=.*above 0 and at most 1"):
+        ImitationConfig(weight=weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 3}, "has num_hidden_layers=3, the model 2: hidden states are compared layer by layer"),
+        ({"hidden_size": 64}, "has hidden_size=64, the model 32"),
+        ({"vocab_size": 2047}, "the tokenizer has 2048 tokens, the teacher .* a vocabulary of 2047"),
+    ],
+)
+def test_teachers_that_do_not_fit(tmp_path, change, message):
+    save_pretrained(BertModel(replace(CONFIG, **change)), tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        load_imitated(str(tmp_path), CONFIG, 2048)
+
+
+def test_teachers_that_are_not_the_same_in_all_else_fit(tmp_path):
+    """More words than the tokenizer's, and another width inside the layers."""
+    save_pretrained(BertModel(replace(CONFIG, vocab_size=2049, intermediate_size=96, num_attention_heads=2)), tmp_path)
+    assert load_imitated(str(tmp_path), CONFIG, 2048).config.vocab_size == 2049
