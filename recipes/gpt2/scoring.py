@@ -124,7 +124,8 @@ def score(
     command = [sys.executable, "-m", "recipes.gpt2.zeroshot", "--ckpt", str(checkpoint), "--output", str(output)]
     command += [*([] if data == HUB else ["--data", str(Path(data).expanduser().absolute())]), "--tasks", *tasks]
     with log.open("w", encoding="utf-8") as stream:
-        settings = {**os.environ, **environment}
+        # A bar in a file is a line a move.
+        settings = {"TQDM_MININTERVAL": "10", **os.environ, **environment}
         status = children.run(command, cwd=ROOT, env=settings, stdout=stream, stderr=subprocess.STDOUT)
     if status:
         end = "\n".join(log.read_text(encoding="utf-8").splitlines()[-10:])

@@ -176,7 +176,8 @@ def _run(options: argparse.Namespace) -> None:
     print(
         f"{options.ckpt}: GPT-2 of {net.config.n_layer} layers of {net.config.n_embd}, {kind}; {device}, {options.dtype}"
     )
-    settings = {name: getattr(options, name) for name in ("limit", "shots", "batch_size")}
+    batch_size = (64 if device.startswith("cuda") else 16) if options.batch_size is None else options.batch_size
+    settings = {"limit": options.limit, "shots": options.shots, "batch_size": batch_size}
     scores, results = evaluate(
         net, tokenizer, options.tasks, options.data, device=device, dtype=_DTYPES[options.dtype], **settings
     )
@@ -212,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--limit", type=int, help="first documents of each task, or of each subject of MMLU")
     parser.add_argument("--shots", type=int, default=0, help="worked examples before each question; default: 0")
-    parser.add_argument("--batch_size", type=int, default=16, help="rows a forward pass; default: %(default)s")
+    parser.add_argument("--batch_size", type=int, help="rows a forward pass; default: 64 on a GPU, 16 on the CPU")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU if there is one")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of weights; default: %(default)s")
     parser.add_argument("--output", type=Path, help="JSON file for scores, settings and versions")

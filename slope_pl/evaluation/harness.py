@@ -23,6 +23,7 @@ from slope_pl.models.gpt2 import GPT2
 Answer = tuple[float, bool]
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
+_TEXTS = 1024  # texts tokenised between two moves of the bar
 _HEAD_ROWS = 1024  # positions the head reads at once: 1024 rows of 50,257 logits are 200 MB in float32
 _MULTIPLE = 64  # lengths are padded to multiples of this where shapes are fixed
 _STRIDE = 16  # tokens generated between two looks for a stop sequence
@@ -68,6 +69,7 @@ class GPT2LM(TemplateLM):
         self.bpe = tokenizer
         self.batch_size = batch_size
         self.progress = progress
+        self._encoded: dict[str, list[int]] = {}
         self._device = model.wte.weight.device
         # On a GPU a sparse product makes a plan for each number of rows: a few shapes then, and not one a batch.
         self.fixed_shapes = self._device.type == "cuda"
@@ -94,9 +96,34 @@ class GPT2LM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids of a text; there are no special tokens to add."""
+        if (known := self._encoded.get(string)) is not None:
+            return known
         return self.bpe.encoder.encode(string, add_special_tokens=False).ids
 
     # -------------------------------------------------------------------------------------------- log-likelihoods
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
+        """Log-likelihood in nats of each continuation of a context, and whether it is the likeliest.
+
+        As the harness', but each text is tokenised once, and its words too: the answers to a question share its text.
+        """
+        arguments = [request.args for request in requests]
+        # What _encode_pair will ask for; spaces at the end of a context go to the continuation there.
+        texts = [text for context, answer in arguments for text in (context.rstrip(), context + answer)]
+        self._encoded = self._encode_all(list(dict.fromkeys(texts)), disable_tqdm)
+        try:
+            return super().loglikelihood(requests, disable_tqdm=True)
+        finally:
+            self._encoded = {}
+
+    def _encode_all(self, texts: list[str], disable_tqdm: bool) -> dict[str, list[int]]:
+        encoded: dict[str, list[int]] = {}
+        with tqdm(total=len(texts), desc="Tokenizing", disable=disable_tqdm or not self.progress) as bar:
+            for start in range(0, len(texts), _TEXTS):
+                part = texts[start : start + _TEXTS]
+                encoded |= zip(part, self.bpe.encode_batch(part), strict=True)
+                bar.update(len(part))
+        return encoded
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in nats: each token once, in windows of ``n_positions``."""

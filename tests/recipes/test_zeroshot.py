@@ -9,6 +9,7 @@ import torch
 import transformers
 from lightning.pytorch import Trainer
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
 
 from recipes.gpt2 import zeroshot
 from recipes.gpt2.module import GPT2Pretraining
@@ -18,6 +19,7 @@ from recipes.gpt2.zeroshot_report import PUBLISHED, Score, collect, table
 from recipes.gpt2.zeroshot_tasks import TASKS
 from slope_pl import CheckpointError, ConfigError, SLoPeConfig, dense_state_dict, sparsify, wake_adapters
 from slope_pl.data import TextDataModule, load_bpe
+from slope_pl.evaluation import harness as module
 from slope_pl.evaluation.harness import GPT2LM
 from slope_pl.models import GPT2, GPT2Config, save_gpt2
 from tests.recipes.test_zeroshot_tasks import CASES, mmlu_rows, write
@@ -119,6 +121,24 @@ def test_loglikelihoods_are_those_of_transformers(sparse, toy, tmp_path):
     ends = [[first, second], [first, (second + 1) % 99], [(first + 1) % 99, second], [first]]
     answers = lm._loglikelihood_tokens([(None, start, end) for end in ends])
     assert [best for _, best in answers] == [True, False, False, True]
+
+
+def test_texts_are_tokenised_once_and_as_the_harness_does(toy, monkeypatch):
+    lm = GPT2LM(build(load_bpe(toy), sparse=False), load_bpe(toy), progress=False)
+    seen, own = [], []
+    monkeypatch.setattr(
+        lm, "_loglikelihood_tokens", lambda found, **_: seen.append(found) or [(0.0, False)] * len(found)
+    )
+    pairs = [*PAIRS, ("   ", "the"), ("the inn", " in"), ("the inn", " t")]
+    TemplateLM.loglikelihood(lm, requests(pairs), disable_tqdm=True)
+    encode = lm.bpe.encode_batch
+    monkeypatch.setattr(type(lm.bpe), "encode_batch", lambda self, texts: own.extend(texts) or encode(texts))
+    monkeypatch.setattr(module, "_TEXTS", 2)
+    lm.loglikelihood(requests(pairs), disable_tqdm=True)
+    assert seen[0] == seen[1]
+    assert len(own) == len(set(own))
+    assert set(own) == {text for a, b in pairs for text in (a.rstrip(), a + b)}
+    assert not lm._encoded, "texts of a task are not kept for the next"
 
 
 def test_a_whole_text_is_scored_token_by_token(toy):
