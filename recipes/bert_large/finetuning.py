@@ -109,6 +109,7 @@ class BertFineTuning(SLoPeLightningModule):
         self.restores_checkpoint = False
         self.net = None
         self.distillation: Distillation | None = None
+        self._states: Distillation | None = None
         self._faded: FineTuned | None = None
 
     # ------------------------------------------------------------------------------------------------ model
@@ -219,6 +220,15 @@ class BertFineTuning(SLoPeLightningModule):
             raise ValueError(
                 f"the teacher {saved.path} has a vocabulary of {theirs} tokens, the model one of {own}: both read the same ids"
             )
+        if self.teacher.hidden_weight:
+            for name in ("num_hidden_layers", "hidden_size"):
+                their, mine = (getattr(model.config, name) for model in (net, self._model()))
+                if their != mine:
+                    raise ConfigError(
+                        f"model.teacher.hidden_weight={self.teacher.hidden_weight:g} needs a teacher as deep and as wide as "
+                        f"the model: {saved.path} has {name}={their}, the model {mine}. Leave it out, or take another teacher"
+                    )
+            self._states = Distillation(net, "hidden_states", weight=1.0)
         self.distillation = Distillation(net, self.head, self.teacher.temperature, self.teacher.weight)
         rank_zero_info(f"Teacher: {saved.path}, {self.distillation.teacher_bytes():,} bytes.")
 
@@ -257,6 +267,37 @@ class BertFineTuning(SLoPeLightningModule):
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """What net and teacher take."""
         return batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]
+
+    def outputs(self, batch: Batch) -> Any:
+        """What the net gives, with hidden states where a teacher's are learnt."""
+        if self._states is None:
+            return self._model()(*self.inputs(batch))
+        return self._model()(*self.inputs(batch), output_hidden_states=True)
+
+    def taught(self, loss: Tensor, outputs: Any, batch: Batch, mask: Tensor | None = None) -> Tensor:
+        """The loss to train on: of the labels, with the teacher's part where there is one.
+
+        Args:
+            loss: of the labels.
+            outputs: of :meth:`outputs`.
+            batch: of the data module.
+            mask: of :class:`slope_pl.lightning.Distillation`.
+        """
+        if self.distillation is None:
+            return loss
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        inputs: dict[str, Any] = dict(zip(names, self.inputs(batch), strict=True))
+        if self._states is not None:
+            inputs["output_hidden_states"] = True
+        theirs = self.distillation.outputs(inputs, like=outputs[0])
+        weight = self.distillation.weight
+        loss = (1 - weight) * loss + weight * self.distillation.distance(outputs, theirs, mask)
+        if self._states is not None:
+            assert self.teacher is not None, "it has hidden states"
+            missed = self._states.distance(outputs, theirs, batch["attention_mask"])
+            self.log("train/imitation", missed)
+            loss = loss + self.teacher.hidden_weight * missed
+        return loss
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """With the fade of a first stage."""

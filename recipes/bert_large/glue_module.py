@@ -100,10 +100,10 @@ class BertGlue(BertFineTuning):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean cross-entropy, for STS-B the mean squared error of the score; with a teacher, its part added."""
-        logits, labels = self(batch).float(), batch["labels"]
+        out, labels = self.outputs(batch), batch["labels"]
+        logits = out.logits.float()
         loss = F.mse_loss(logits.squeeze(1), labels) if self.info.regression else F.cross_entropy(logits, labels)
-        if self.distillation is not None:
-            loss = self.distillation(loss, logits, self.inputs(batch))
+        loss = self.taught(loss, out, batch)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 

@@ -82,13 +82,10 @@ class BertSquad(BertFineTuning):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean of the cross-entropies of start and end position; with a teacher, its part added."""
-        start_logits, end_logits = self(batch)
-        start = F.cross_entropy(start_logits.float(), batch["start_positions"])
-        end = F.cross_entropy(end_logits.float(), batch["end_positions"])
-        loss = (start + end) / 2
-        if self.distillation is not None:
-            logits = start_logits, end_logits
-            loss = self.distillation(loss, logits, self.inputs(batch), batch["attention_mask"])
+        out = self.outputs(batch)
+        start = F.cross_entropy(out.start_logits.float(), batch["start_positions"])
+        end = F.cross_entropy(out.end_logits.float(), batch["end_positions"])
+        loss = self.taught((start + end) / 2, out, batch, batch["attention_mask"])
         self.log("train/loss", loss, prog_bar=True)
         return loss
 

@@ -6,6 +6,7 @@
 --model.weights FADED.ckpt                  second stage: sparse, by the masks that the first has faded to
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +30,19 @@ class TeacherConfig:
         checkpoint: of the dense sibling's run, on the same task and vocabulary; the architecture may be another.
         weight: of the teacher in the loss, above 0 to 1 (labels are ignored).
         temperature: divides both logits; of no effect for STS-B, where it must stay 1.
+        hidden_weight: of the distance to the teacher's hidden states, which is added to the loss; 0 leaves it out. The teacher
+            must then be as deep and as wide as the model.
     """
 
     checkpoint: str
     weight: float = 0.5
     temperature: float = 1.0
+    hidden_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.hidden_weight, int | float) and not isinstance(self.hidden_weight, bool)
+        if not number or not 0 <= self.hidden_weight < math.inf:
+            raise ConfigError(f"model.teacher.hidden_weight={self.hidden_weight!r}: a number of 0 or more is expected")
 
 
 @dataclass(frozen=True)

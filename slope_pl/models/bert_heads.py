@@ -21,16 +21,21 @@ class PreTrainingOutput(NamedTuple):
 
 
 class QuestionAnsweringOutput(NamedTuple):
-    """``start_logits`` and ``end_logits``, both ``(B, T)``; padding is not masked out of them."""
+    """``start_logits`` and ``end_logits``, both ``(B, T)``; padding is not masked out of them.
+
+    ``hidden_states`` as those of :class:`slope_pl.models.BertModelOutput`.
+    """
 
     start_logits: Tensor
     end_logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class SequenceClassificationOutput(NamedTuple):
-    """``logits`` ``(B, num_labels)``."""
+    """``logits`` ``(B, num_labels)``; ``hidden_states`` as those of :class:`slope_pl.models.BertModelOutput`."""
 
     logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class BertLMPredictionHead(nn.Module):
@@ -111,11 +116,12 @@ class BertForQuestionAnswering(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        output_hidden_states: bool = False,
     ) -> QuestionAnsweringOutput:
         """Return ``(B, T)`` start and end logits; arguments and errors as :meth:`BertModel.forward`."""
-        x = self.bert(input_ids, attention_mask, token_type_ids, position_ids).last_hidden_state
-        start, end = self.qa_outputs(x).unbind(-1)
-        return QuestionAnsweringOutput(start, end)
+        out = self.bert(input_ids, attention_mask, token_type_ids, position_ids, output_hidden_states)
+        start, end = self.qa_outputs(out.last_hidden_state).unbind(-1)
+        return QuestionAnsweringOutput(start, end, out.hidden_states)
 
 
 class BertForSequenceClassification(nn.Module):
@@ -139,7 +145,8 @@ class BertForSequenceClassification(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        output_hidden_states: bool = False,
     ) -> SequenceClassificationOutput:
         """Return ``(B, num_labels)`` logits; arguments and errors as :meth:`BertModel.forward`."""
-        pooled = self.bert(input_ids, attention_mask, token_type_ids, position_ids).pooler_output
-        return SequenceClassificationOutput(self.classifier(self.dropout(pooled)))
+        out = self.bert(input_ids, attention_mask, token_type_ids, position_ids, output_hidden_states)
+        return SequenceClassificationOutput(self.classifier(self.dropout(out.pooler_output)), out.hidden_states)

@@ -60,7 +60,11 @@ class Encoder(nn.Module):
         return self.model.config
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        output_hidden_states: bool = False,
     ) -> QuestionAnsweringOutput | SequenceClassificationOutput:
         """Run encoder and head.
 
@@ -68,9 +72,10 @@ class Encoder(nn.Module):
             input_ids: int64 ``(B, T)``, ``T`` at most ``max_length``.
             attention_mask: bool or integer ``(B, T)``, 0 for padding; None where there is none.
             token_type_ids: int64 ``(B, T)``, the segment of each token; ignored by architectures that have no segments.
+            output_hidden_states: whether to return what the embeddings and every layer give.
 
         Returns:
-            start and end logits ``(B, T)`` each, or logits ``(B, num_labels)``.
+            start and end logits ``(B, T)`` each, or logits ``(B, num_labels)``; and hidden states if asked for.
 
         Raises:
             ValueError: if the sequence is too long.
@@ -80,10 +85,12 @@ class Encoder(nn.Module):
                 f"input_ids has shape {tuple(input_ids.shape)}, expected (B, T) with T <= {self.max_length}."
             )
         segments = {"token_type_ids": token_type_ids} if self.uses_token_types else {}
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **segments)
+        asked = {"return_dict": True, "output_hidden_states": output_hidden_states}
+        out = self.model(input_ids=input_ids, attention_mask=attention_mask, **asked, **segments)
+        states = out.hidden_states if output_hidden_states else None
         if self.task == "question_answering":
-            return QuestionAnsweringOutput(out.start_logits, out.end_logits)
-        return SequenceClassificationOutput(out.logits)
+            return QuestionAnsweringOutput(out.start_logits, out.end_logits, states)
+        return SequenceClassificationOutput(out.logits, states)
 
 
 @built_whole()
