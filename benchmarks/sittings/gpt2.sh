@@ -18,13 +18,13 @@ seed=${SEED:-3}
 status=0
 
 compare() { # CSV, arguments; ends in time to keep what there is
-  timeout -k 10 565 $PY -m recipes.gpt2.compare run --family novels --csv "$OUT/$1.csv" --runs "$runs" --gpus 0 1 \
+  timeout -k 25 550 $PY -m recipes.gpt2.compare run --family novels --csv "$OUT/$1.csv" --runs "$runs" --gpus 0 1 \
     --budget-minutes "$minutes" "${@:2}" > "$OUT/$1.log" 2>&1 || status=1
   cat "$OUT/$1.log"
 }
 
 kernels() {
-  compare kernels --curve-every 1 --rates 1.8e-3 --methods "slope r=0" "emulated r=0" \
+  compare kernels --curve-every 1 --rates 1.8e-3 --seeds 0 1 2 --methods "slope r=0" "emulated r=0" \
     --add "emulated r=0: novels_slope.yaml --model.slope.adapter_rank 0 --model.slope.backend reference" \
     --trainer.max_steps 200 --trainer.val_check_interval 200
 }

@@ -2,12 +2,13 @@
 # Rows of recipes/bert_large/results/{glue,squad}_minilm.csv: MiniLM on five tasks of GLUE (GPU 0) and on SQuAD (GPU 1).
 # Of SST-2 the first 8,600 rows, about as many as CoLA has.
 #
-#   bash benchmarks/sittings/minilm.sh COMMIT {masks|starts|recover|recovered|ranks} [MINUTES]
+#   bash benchmarks/sittings/minilm.sh COMMIT {masks|starts|recover|recovered|seeds|ranks} [MINUTES]
 #
 # masks    dense and every mask at three rates, one seed
 # starts   a teacher, a gradual start, both, at 2e-4, one seed; after masks, whose dense runs teach
 # recover  every mask on the novels (needs the pack `text`), also with adapters; checkpoints in /tmp/novels-STEPS
-# recovered  GLUE and SQuAD from there, alone and with a teacher; in the same session of the machine, after masks
+# recovered  GLUE and SQuAD from there, alone, with a teacher, with its hidden states; in the same session of the machine, after masks
+# seeds    of recovered starts at their best rates, seeds 0 to 2
 # ranks    after masks: best rates, adapters of rank 0, 4, 16, 24, seeds 0 to 2
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -20,15 +21,21 @@ for file in glue_minilm squad_minilm; do
   fi
 done
 
-status=0
-both() {
-  local common=(--in-process --budget-minutes "$minutes" "$@")
-  CUDA_VISIBLE_DEVICES=0 timeout -k 20 590 $PY -m recipes.bert_large.glue_all --config glue_minilm.yaml --csv "$OUT/glue_minilm.csv" \
-    --runs /tmp/minilm-glue --data "$SLOPE_DATA_DIR/glue" --tasks cola sst2 mrpc stsb rte --jobs 14 \
-    --data.max_train_rows 8600 "${common[@]}" > "$OUT/glue.log" 2>&1 &
-  CUDA_VISIBLE_DEVICES=1 timeout -k 20 590 $PY -m recipes.bert_large.compare --config squad_minilm.yaml --csv "$OUT/squad_minilm.csv" \
-    --runs /tmp/minilm-squad --data "$SLOPE_DATA_DIR/squad" --jobs 5 "${common[@]}" > "$OUT/squad.log" 2>&1 &
-  for job in $(jobs -p); do wait "$job" || status=1; done
+run() { # log, GPU, module and arguments; begins nothing after the minutes, ends in time to keep what there is
+  local left=$((585 - SECONDS))
+  [ "$left" -gt 30 ] || return 0
+  CUDA_VISIBLE_DEVICES=$2 timeout -k 15 "$left" $PY -m "${@:3}" --in-process \
+    --budget-minutes "$(((minutes * 60 - SECONDS) / 60)).$(((minutes * 60 - SECONDS) % 60 * 10 / 60))" >> "$OUT/$1.log" 2>&1
+}
+
+glue() {
+  run glue 0 recipes.bert_large.glue_all --config glue_minilm.yaml --csv "$OUT/glue_minilm.csv" --runs /tmp/minilm-glue \
+    --data "$SLOPE_DATA_DIR/glue" --tasks cola sst2 mrpc stsb rte --jobs 14 --data.max_train_rows 8600 "$@"
+}
+
+squad() {
+  run squad 1 recipes.bert_large.compare --config squad_minilm.yaml --csv "$OUT/squad_minilm.csv" --runs /tmp/minilm-squad \
+    --data "$SLOPE_DATA_DIR/squad" --jobs 5 "$@"
 }
 
 recovered=/tmp/novels-${STEPS:=1500} # its name goes into the rows
@@ -37,30 +44,52 @@ recover() { # GPU, name, arguments
   weights=$($PY -c "from recipes.bert_large.glue_plan import minilm_folder; print(minilm_folder())")
   CUDA_VISIBLE_DEVICES=$1 timeout -k 20 580 $PY -m recipes.bert_large.pretrain fit --config recipes/bert_large/pretrain_recover.yaml \
     --data.source "$SLOPE_DATA_DIR/text/novels.txt.xz" --model.weights "$weights" --data.tokenizer "$weights" \
-    --trainer.enable_progress_bar false --trainer.logger.init_args.save_dir "$runs" --data.num_workers 6 \
+    --trainer.enable_progress_bar false --trainer.logger.init_args.save_dir "$runs" --data.num_workers 4 \
     --trainer.max_steps "$STEPS" --trainer.val_check_interval "$((STEPS / 3))" "${@:3}" > "$OUT/recover-$2.log" 2>&1 || return
   cp "$(find "$runs" -name last.ckpt | tail -n 1)" "$recovered/$2.ckpt"
   cp "$(find "$runs" -name result-fit.json | tail -n 1)" "$OUT/recover-$2.json"
 }
 
 masks=(--masks magnitude wanda transposable)
-case ${2:?masks, starts, recover, recovered or ranks} in
-  masks) both "${masks[@]}" --rates 1e-4 2e-4 4e-4 ;;
-  starts) both "${masks[@]}" --starts teacher gradual teacher+gradual --rates 2e-4 ;;
+from=(--recovered "$recovered" --starts)
+stage() { # glue or squad
+  local failed=0
+  case $stage in
+    masks) $1 "${masks[@]}" --rates 1e-4 2e-4 4e-4 || failed=1 ;;
+    starts) $1 "${masks[@]}" --starts teacher gradual teacher+gradual --rates 2e-4 || failed=1 ;;
+    recovered)
+      $1 "${masks[@]}" "${from[@]}" recovered teacher+recovered --rates 1e-4 2e-4 || failed=1
+      $1 --methods sparse --masks magnitude wanda "${from[@]}" teacher+recovered --rates 1e-4 2e-4 \
+        --sparse-arguments "--model.teacher.hidden_weight 1" || failed=1
+      $1 --methods sparse --masks magnitude --ranks 24 "${from[@]}" recovered --rates 1e-4 2e-4 || failed=1
+      ;;
+    seeds) $1 "${masks[@]}" "${from[@]}" plain recovered teacher+recovered --best-rates --seeds 0 1 2 || failed=1 ;;
+    ranks) $1 "${masks[@]}" --ranks 0 4 16 24 --best-rates --seeds 0 1 2 || failed=1 ;;
+  esac
+  return $failed
+}
+
+stage=${2:?masks, starts, recover, recovered, seeds or ranks}
+case $stage in
   recover)
     mkdir -p "$recovered"
     recover 0 magnitude &
     recover 1 wanda --model.slope.mask_calibration_batches 16 &
     recover 0 transposable --model.slope.mask transposable &
     recover 1 magnitude-r24 --model.slope.adapter_rank 24 --model.slope.adapter_start_step 0 &
-    for job in $(jobs -p); do wait "$job" || status=1; done
-    tail -n 30 "$OUT"/recover-*.log
-    exit $status
     ;;
-  recovered) both "${masks[@]}" --ranks 0 --recovered "$recovered" --starts recovered teacher+recovered --rates 1e-4 2e-4 ;;
-  ranks) both "${masks[@]}" --ranks 0 4 16 24 --best-rates --seeds 0 1 2 ;;
-  *) echo "$2: masks, starts, recover, recovered or ranks is expected" >&2; exit 2 ;;
+  masks | starts | recovered | seeds | ranks)
+    stage glue &
+    stage squad &
+    ;;
+  *) echo "$stage: masks, starts, recover, recovered, seeds or ranks is expected" >&2; exit 2 ;;
 esac
+status=0
+for job in $(jobs -p); do wait "$job" || status=1; done
+if [ "$stage" = recover ]; then
+  tail -n 30 "$OUT"/recover-*.log
+  exit $status
+fi
 mkdir -p "$rows"
 cp "$OUT"/*_minilm.csv "$rows/"
 tail -n 40 "$OUT"/glue.log "$OUT"/squad.log

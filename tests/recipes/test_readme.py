@@ -90,10 +90,12 @@ RUNNERS = {"compare": compare, "glue_all": glue_all}
 def test_runner_command_plans_runs(line, monkeypatch, tmp_path, capsys):
     """As it stands, with folders that are there, best rates at hand and nothing made."""
     runner = RUNNERS[line.split()[2].rpartition(".")[2]]
-    given = [
-        {"FOLDER": str(ROOT / "data/sample"), "WEIGHTS": str(tmp_path)}.get(word, word)
-        for word in shlex.split(line)[3:]
-    ]
+    recovered = tmp_path / "recovered"
+    recovered.mkdir()
+    for mask in ("magnitude", "wanda"):
+        (recovered / f"{mask}.ckpt").touch()
+    places = {"FOLDER": str(ROOT / "data/sample"), "WEIGHTS": str(tmp_path), "RECOVERED": str(recovered)}
+    given = [places.get(word, word) for word in shlex.split(line)[3:]]
     monkeypatch.chdir(tmp_path if "--report" not in given else ROOT)
     monkeypatch.setattr(glue_plan, "minilm_folder", lambda: str(tmp_path))
     monkeypatch.setattr(compare, "minilm_folder", lambda: str(tmp_path))
