@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Rows of recipes/gpt2/results/novels.csv, made on two GPUs; what the file has is not made again.
 #
-#   bash benchmarks/sittings/gpt2.sh COMMIT {seeds|medium|kernels|zeroshot|levers} [MINUTES [ARGUMENTS of zeroshot]]
+#   bash benchmarks/sittings/gpt2.sh COMMIT {seeds|medium|kernels|zeroshot|levers} [MINUTES [ARGUMENTS of seeds or zeroshot]]
 #
 # seeds      every method at its best rate, seed SEED (3); checkpoints stay below /tmp/gpt2-runs. Beside it kernels, in turn
 # kernels    200 steps by the compiled kernels and by the reference operations, a CSV of their own
@@ -61,7 +61,7 @@ case ${2:?seeds, medium, kernels, zeroshot or levers} in
     kernels &
     # The slow ones first, so that the two GPUs end together.
     compare novels --methods fst "srste r=0" dense "slope r=0" "transposable r=0" "slope r=16" "transposable r=16" \
-      --best-rates --seeds "$seed" --checkpoints --trace-adapters
+      --best-rates --seeds "$seed" --checkpoints --trace-adapters "${@:4}"
     wait
     ;;
   medium)
