@@ -129,7 +129,8 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         parser.error(f"--ranks: {wrong[0]}, expected 0 or more")
     if options.fade is not None and not any("gradual" in start.split("+") for start in options.starts):
         parser.error(f"--fade {options.fade:g} has no effect without a gradual start: add --starts gradual")
-    if options.recovered is not None and not any("recovered" in start.split("+") for start in options.starts):
+    recovers = "sparse" in options.methods and any("recovered" in start.split("+") for start in options.starts)
+    if options.recovered is not None and not recovers:
         parser.error(f"--recovered {options.recovered} has no effect without a recovered start: add --starts recovered")
     fade = FADE if options.fade is None else options.fade
     options.starts = check_starts(options.starts, fade, options.recovered)
@@ -149,7 +150,7 @@ def runs(
         methods += [
             ("sparse", mask, rank, start, options.sparse_arguments)
             for mask, rank, start in itertools.product(options.masks, options.ranks, options.starts)
-            if rank or "early" not in start
+            if rank or "early" not in start.split("+")
         ]
     if wrong := [rate for rate in rates if not 0 < rate < 1]:
         raise SystemExit(f"--rates: {wrong[0]:g} is no learning rate; numbers above 0 and below 1 are expected")

@@ -55,7 +55,7 @@ class ImitationConfig:
 
 
 def load_imitated(source: str, config: BertConfig, words: int, length: int) -> BertModel:
-    """The teacher's encoder, with its pooler.
+    """The teacher's encoder, with its pooler if it has been trained.
 
     Args:
         source: a folder, a hub id, or a dense checkpoint of ``recipes.bert_large.pretrain``.
@@ -95,7 +95,8 @@ def load_imitated(source: str, config: BertConfig, words: int, length: int) -> B
         )
     teacher = BertModel(theirs)
     if saved is None:
-        load_pretrained(teacher, source)
+        if any(name.startswith("pooler.") for name in load_pretrained(teacher, source).missing):
+            teacher.pooler = None  # such a model's would be random, another one at each start
     else:
         prefix = "bert."
         state = {name.removeprefix(prefix): t for name, t in saved.state.items() if name.startswith(prefix)}

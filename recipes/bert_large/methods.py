@@ -207,7 +207,10 @@ def check_starts(names: list[str], fade: float = FADE, recovered: Path | None = 
     if fade != FADE:
         spelt["gradual"] = f"gradual={fade:g}"
     if recovered is not None:
-        spelt["recovered"] = f"recovered={recovered.absolute().name}"
+        folder = recovered.expanduser().resolve().name
+        if not folder or set(folder) & set("+=,"):
+            raise SystemExit(f"--recovered {recovered}: its name {folder!r} is part of the rows' and may not have +, = or ,")
+        spelt["recovered"] = f"recovered={folder}"
     found = []
     for name in names:
         parts = set(name.split("+")) - {"plain"}

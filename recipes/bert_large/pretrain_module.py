@@ -367,6 +367,9 @@ def _imitation_loss(
     output = _forward(net, batch, states=True, words=weight < 1)
     missed = distance(output, theirs, batch["attention_mask"])
     if weight == 1:
-        return missed, missed.detach(), None
+        pooled = output.pooler_output
+        # DDP waits for a gradient of every parameter, also where the teacher has no pooler.
+        idle = 0.0 if pooled is None or theirs.pooler_output is not None else 0.0 * pooled.sum()
+        return missed + idle, missed.detach(), None
     own = pretraining_loss(output, batch["masked_labels"], batch["next_sentence_label"])
     return (1 - weight) * own.total + weight * missed, missed.detach(), own

@@ -1,6 +1,7 @@
 """Recovery as a user runs it: a pruned BERT of two layers learns the hidden states of its dense self, then goes on to GLUE."""
 
 import csv
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from recipes.bert_large.glue_sample import write_sample
-from recipes.bert_large.imitation import ImitationConfig, load_imitated, set_dropout
+from recipes.bert_large.imitation import ImitationConfig, freeze_heads, load_imitated, set_dropout
 from recipes.bert_large.pretrain_module import BertPretraining, _imitation_loss
 from slope_pl import (
     CheckpointError,
@@ -20,12 +21,21 @@ from slope_pl import (
     sparsify,
     wake_adapters,
 )
-from slope_pl.models import BertConfig, BertForPreTraining, BertModel, load_config, load_pretrained, save_pretrained
+from slope_pl.models import (
+    BertConfig,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertModel,
+    load_config,
+    load_pretrained,
+    save_pretrained,
+)
 from slope_pl.models.bert import BertSelfAttention
+from slope_pl.models.bert_heads import BertLMPredictionHead
 from tests.recipes import test_glue_recipe, test_pretrain_recipe
 from tests.recipes.test_pretrain_recipe import ROOT, SMALL, state_of
 from tests.unit.bert_cases import randomise
-from tests.unit.test_distillation import missed
+from tests.unit.test_distillation import missed, share
 
 # Weights ten times larger than BERT's: pruning then changes the hidden states, which are mostly embeddings otherwise.
 CONFIG = BertConfig(**SMALL, initializer_range=0.2)
@@ -106,7 +116,10 @@ def test_the_student_learns_the_hidden_states_and_nothing_else(fitted):
 
 
 def test_what_is_logged_is_the_share_of_the_squares_outside_padding(weights, tmp_path, monkeypatch):
-    """Of every training batch when it was seen, and of the validation set, whose batches count by their words."""
+    """Of every training batch when it was seen, and of the validation set, whose batches count by their words.
+
+    The pooler's is that of one layer more.
+    """
     teacher = BertModel(load_config(weights)).eval()
     load_pretrained(teacher, weights)
     expected, words = {}, {}
@@ -117,8 +130,9 @@ def test_what_is_logged_is_the_share_of_the_squares_outside_padding(weights, tmp
         @torch.no_grad()
         def measure(module, batch):
             inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids")}
-            states = [net(**inputs, output_hidden_states=True).hidden_states for net in (teacher, module.net.bert)]
-            expected.setdefault(name, []).append(missed(*states, batch["attention_mask"]))
+            found = [net(**inputs, output_hidden_states=True) for net in (teacher, module.net.bert)]
+            states, pooled = [output.hidden_states for output in found], [output.pooler_output for output in found]
+            expected.setdefault(name, []).append(missed(*states, batch["attention_mask"], pooled))
             words.setdefault(name, []).append(batch["attention_mask"].sum().item())
 
         def watched(module, batch, index):
@@ -137,7 +151,7 @@ def test_what_is_logged_is_the_share_of_the_squares_outside_padding(weights, tmp
     count = words["validation_step"]
     assert len(set(count)) == len(count) == 2
     assert max(count) < 4 * 64
-    mean = sum(share * n for share, n in zip(expected["validation_step"], count, strict=True)) / sum(count)
+    mean = sum(part * n for part, n in zip(expected["validation_step"], count, strict=True)) / sum(count)
     assert logged["val/imitation"] == pytest.approx([mean], rel=1e-4)
 
 
@@ -149,33 +163,66 @@ def test_the_table_says_what_is_missed_and_where_it_began(fitted, weights):
 
 
 @pytest.mark.parametrize("kind", ["fitted", "adapted"])
-def test_heads_and_pooler_stay_and_the_encoder_moves(kind, weights, request):
+def test_heads_stay_and_encoder_and_pooler_move(kind, weights, request):
     result = request.getfixturevalue(kind)
     before, after = start_of(weights), dense_weights(result)
     assert before.keys() == after.keys()
-    heads = [
-        name
-        for name in before
-        if name.startswith(("cls.", "bert.pooler.")) and name != "cls.predictions.decoder.weight"
-    ]
-    assert len(heads) == 10
+    heads = [name for name in before if name.startswith("cls.") and name != "cls.predictions.decoder.weight"]
+    assert len(heads) == 8
     for name in heads:
-        pruned = name in ("bert.pooler.dense.weight", "cls.predictions.transform.dense.weight")
+        pruned = name == "cls.predictions.transform.dense.weight"
         kept = after[name] != 0
         assert torch.equal(after[name], before[name] * kept if pruned else before[name]), name
         assert not pruned or kept.float().mean() == 0.5
-    # All else has moved: layers, embeddings, and so the decoder's matrix, which is theirs.
-    assert [name for name in before.keys() - heads if torch.equal(before[name], after[name])] == []
+    # All else has moved: layers, pooler, embeddings, and so the decoder's matrix, which is theirs.
+    rest = before.keys() - heads
+    assert {"bert.pooler.dense.weight", "bert.pooler.dense.bias"} < rest
+    assert [name for name in rest if torch.equal(before[name] * (after[name] != 0), after[name])] == []
     assert torch.equal(after["cls.predictions.decoder.weight"], after["bert.embeddings.word_embeddings.weight"])
 
 
-def test_adapters_of_the_encoder_learn_and_those_of_the_heads_do_not(adapted):
+def test_the_pooler_is_learnt_and_not_only_the_states_it_is_given(weights, tmp_path):
+    """Of a teacher that differs in its pooler alone, one of three terms is missed, and less and less of it."""
+    net = BertForPreTraining(CONFIG)
+    load_pretrained(net, weights)
+    with torch.no_grad():
+        net.bert.pooler.dense.bias += 1.0
+    teacher = str(save_pretrained(net, tmp_path / "teacher"))
+    same = ["--model.slope", "null", "--model.imitation.teacher", teacher]
+    begun = run(tmp_path, "validate", weights, *same)["scores"]["val/imitation"]
+    assert begun > 0.05
+    result = run(tmp_path, "fit", weights, *same, "--model.learning_rate", "5e-3", "--trainer.max_steps", "24")
+    assert result["scores"]["val/imitation"] < 0.5 * begun
+    before, after, wanted = start_of(weights), state_of(result), net.state_dict()
+    bias = "bert.pooler.dense.bias"
+    assert share(wanted[bias], after[f"net.{bias}"]) < share(wanted[bias], before[bias])
+
+
+def test_adapters_of_encoder_and_pooler_learn_and_those_of_the_heads_do_not(adapted):
     module = BertPretraining.load_from_checkpoint(adapted["checkpoint"], weights_only=True)
     layers = sparse_layers(module)
     assert (len(layers), adapted["woke_at_step"]) == (11, 0)
-    for name, layer in layers.items():
-        assert layer.adapters_awake
-        assert bool(layer.adapter_up.abs().max() > 0) == name.startswith("net.bert.encoder."), name
+    assert all(layer.adapters_awake for layer in layers.values())
+    still = [name for name, layer in layers.items() if not layer.adapter_up.any()]
+    assert still == ["net.cls.predictions.transform.dense"]
+
+
+@pytest.mark.parametrize(("weight", "decoded"), [("1.0", False), ("0.5", True)])
+def test_words_are_decoded_where_that_is_learnt(weights, tmp_path, monkeypatch, weight, decoded):
+    """Not for hidden states alone, in training or validation: the logits are the largest tensor of all."""
+    seen = {True: set(), False: set()}
+    forward = BertLMPredictionHead.forward
+
+    def watched(head, x):
+        seen[head.training].add(x.shape[1])
+        return forward(head, x)
+
+    monkeypatch.setattr(BertLMPredictionHead, "forward", watched)
+    short = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
+    scores = run(tmp_path, "fit", weights, *short, "--model.imitation.weight", weight)["scores"]
+    expected = {5 if decoded else 0}  # of --data.max_predictions
+    assert seen == {True: expected, False: expected}
+    assert ("val/mlm_accuracy" in scores) == decoded
 
 
 def test_the_checkpoint_is_that_of_a_run_without_a_teacher(fitted):
@@ -212,13 +259,13 @@ def test_heads_are_frozen_where_nothing_teaches_them(slope):
         module.configure_model()
         wake_adapters(module)
         parts = {name.split(".")[1] for name, p in module.net.named_parameters() if not p.requires_grad}
-        heads = [*module.net.cls.parameters(), *module.net.bert.pooler.parameters()]
         words = module.net.bert.embeddings.word_embeddings.weight
         assert words.requires_grad
-        return parts, [p.requires_grad for p in heads if p is not words]
+        assert all(p.requires_grad for p in module.net.bert.pooler.parameters())
+        return parts, [p.requires_grad for p in module.net.cls.parameters() if p is not words]
 
     parts, learnt = frozen(ImitationConfig())
-    assert parts == {"predictions", "seq_relationship", "pooler"}
+    assert parts == {"predictions", "seq_relationship"}
     assert not any(learnt)
     for imitation in (ImitationConfig(weight=0.5), None):
         parts, learnt = frozen(imitation)
@@ -236,9 +283,9 @@ def test_with_less_than_all_the_weight_the_heads_learn_too(weights, tmp_path):
     result = run(tmp_path, "fit", weights, "--model.imitation.weight", "0.25", "--trainer.max_steps", "6")
     logged, scores = curves(result), result["scores"]
     names = ("train/mlm_loss", "train/nsp_loss", "train/imitation", "train/loss")
-    for mlm, nsp, share, loss in zip(*(logged[name] for name in names), strict=True):
-        assert 0 < share < 1 < mlm
-        assert loss == pytest.approx(0.75 * (mlm + nsp) + 0.25 * share, rel=1e-5)
+    for mlm, nsp, imitated, loss in zip(*(logged[name] for name in names), strict=True):
+        assert 0 < imitated < 1 < mlm
+        assert loss == pytest.approx(0.75 * (mlm + nsp) + 0.25 * imitated, rel=1e-5)
     assert set(scores) == {
         f"val/{k}" for k in ("imitation", "loss", "mlm_loss", "nsp_loss", "mlm_accuracy", "nsp_accuracy")
     }
@@ -251,8 +298,8 @@ def test_with_less_than_all_the_weight_the_heads_learn_too(weights, tmp_path):
 def test_a_student_that_is_not_pruned_misses_nothing_but_what_dropout_takes(weights, tmp_path):
     short = ["--model.slope", "null", "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0"]
     assert curves(run(tmp_path, "fit", weights, *short))["train/imitation"] == pytest.approx([0.0], abs=1e-9)
-    (share,) = curves(run(tmp_path, "fit", weights, *short, "--model.dropout", "null"))["train/imitation"]
-    assert share > 0.01
+    (taken,) = curves(run(tmp_path, "fit", weights, *short, "--model.dropout", "null"))["train/imitation"]
+    assert taken > 0.01
     # Validation is without dropout in any case.
     found = run(tmp_path, "validate", weights, "--model.slope", "null", "--model.dropout", "null")
     assert found["scores"]["val/imitation"] == pytest.approx(0.0, abs=1e-9)
@@ -326,16 +373,42 @@ def test_a_teacher_that_is_named_is_the_one(dense, fitted, weights, tmp_path):
         run(tmp_path, "fit", None, *start)
 
 
-def test_the_teacher_is_the_encoder_of_its_source(dense, weights):
-    ids = torch.randint(5, 2048, (2, 16))
+@pytest.mark.parametrize("place", ["{weights}", "{dense}", "{home}/teacher", "~/teacher", "{home}/teacher.pt"])
+def test_the_teacher_is_encoder_and_pooler_of_its_source(dense, weights, tmp_path, monkeypatch, place):
+    """A checkpoint is one under any name."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("teacher", "teacher.pt"):
+        shutil.copy(dense, tmp_path / name)
     saved = {name.removeprefix("net."): tensor for name, tensor in torch.load(dense)["state_dict"].items()}
-    for source, state in ((weights, start_of(weights)), (dense, saved)):
-        net = BertForPreTraining(CONFIG).eval()
-        net.load_state_dict(state, strict=False)
-        teacher = load_imitated(source, CONFIG, 2048).eval()
-        assert isinstance(teacher, BertModel)
-        assert teacher.pooler is None
-        assert torch.equal(teacher(ids).last_hidden_state, net.bert(ids).last_hidden_state)
+    net = BertForPreTraining(CONFIG).eval()
+    net.load_state_dict(start_of(weights) if place == "{weights}" else saved, strict=False)
+    source = place.format(weights=weights, dense=dense, home=tmp_path)
+    teacher = load_imitated(source, CONFIG, 2048, 64).eval()
+    assert isinstance(teacher, BertModel)
+    ids = torch.randint(5, 2048, (2, 16))
+    theirs, expected = teacher(ids), net.bert(ids)
+    assert torch.equal(theirs.last_hidden_state, expected.last_hidden_state)
+    assert torch.equal(theirs.pooler_output, expected.pooler_output)
+
+
+def test_a_sparse_checkpoint_is_no_teacher_under_another_name_either(fitted, tmp_path):
+    shutil.copy(fitted["checkpoint"], tmp_path / "teacher")
+    with pytest.raises(CheckpointError, match="teacher is of a 2:4 sparse model, which is no teacher"):
+        load_imitated(str(tmp_path / "teacher"), CONFIG, 2048, 64)
+
+
+def test_what_is_imitated_is_what_is_named_then_what_the_run_starts_from():
+    for teacher, weights, start_from, expected in (
+        ("named", "folder", None, "named"),
+        (None, "folder", None, "folder"),
+        (None, None, "a.ckpt", "a.ckpt"),
+        ("named", None, "a.ckpt", "named"),
+        ("", "folder", None, ""),  # no way to say nothing: null is
+        ("", None, "a.ckpt", ""),
+    ):
+        assert ImitationConfig(teacher=teacher).source(weights, start_from) == expected
+    with pytest.raises(ConfigError, match="nothing to imitate"):
+        ImitationConfig().source(None, None)
 
 
 def test_dropout_is_set_in_every_place_and_not_in_the_configuration():
@@ -395,13 +468,19 @@ def test_the_step_is_one_graph_for_the_compiler(weight):
         (["--model.dropout", "-0.1"], "dropout=-0.1: 0 or more"),
         (["--model.imitation.teacher", "{deep}"], "has num_hidden_layers=3, the model 2: hidden states are compared"),
         (["--model.imitation.teacher", "{few}"], "has 2048 tokens, the teacher {few} a vocabulary of 2047"),
+        (["--model.imitation.teacher", "{short}"], "data.max_length is 32, but the teacher {short} has 31 positions"),
+        (["--model.imitation.teacher", "{nowhere}"], "no teacher to imitate: No such folder: {nowhere}"),
+        (["--model.imitation.teacher", "{nowhere}"], "Another place: model.imitation.teacher."),
+        (["--model.imitation.teacher", "{empty}"], "no teacher to imitate: {empty} lacks config.json and weights"),
+        (["--model.imitation.teacher", ""], "no teacher to imitate: . lacks config.json"),
     ],
 )
 def test_settings_that_do_not_fit_are_named_before_training(weights, tmp_path, capsys, arguments, message):
-    others = {"deep": {"num_hidden_layers": 3}, "few": {"vocab_size": 2047}}
+    others = {"deep": {"num_hidden_layers": 3}, "few": {"vocab_size": 2047}, "short": {"max_position_embeddings": 31}}
     for name, change in others.items():
         save_pretrained(BertModel(replace(CONFIG, **change)), tmp_path / name)
-    folders = {name: str(tmp_path / name) for name in others}
+    (tmp_path / "empty").mkdir()
+    folders = {name: str(tmp_path / name) for name in (*others, "empty", "nowhere")}
     with pytest.raises((SystemExit, ValueError)) as stop:
         run(tmp_path, "fit", weights, *(argument.format(**folders) for argument in arguments))
     assert message.format(**folders) in capsys.readouterr().err + str(stop.value)
@@ -419,16 +498,72 @@ def test_weights_out_of_range(weight):
     [
         ({"num_hidden_layers": 3}, "has num_hidden_layers=3, the model 2: hidden states are compared layer by layer"),
         ({"hidden_size": 64}, "has hidden_size=64, the model 32"),
-        ({"vocab_size": 2047}, "the tokenizer has 2048 tokens, the teacher .* a vocabulary of 2047"),
+        ({"vocab_size": 2047}, "the tokenizer has 2048 tokens, the teacher {} a vocabulary of 2047"),
+        (
+            {"max_position_embeddings": 31},
+            "data.max_length is 32, but the teacher {} has 31 positions: make data.max_len",
+        ),
     ],
 )
 def test_teachers_that_do_not_fit(tmp_path, change, message):
     save_pretrained(BertModel(replace(CONFIG, **change)), tmp_path)
-    with pytest.raises(ConfigError, match=message):
-        load_imitated(str(tmp_path), CONFIG, 2048)
+    with pytest.raises(ConfigError, match=message.format(tmp_path)):
+        load_imitated(str(tmp_path), CONFIG, 2048, 32)
+
+
+@pytest.mark.parametrize("place", ["nowhere", "", "weightless"])
+def test_a_teacher_that_is_not_there_is_said_with_the_setting(tmp_path, place):
+    (tmp_path / "weightless").mkdir()
+    save_pretrained(BertModel(CONFIG), tmp_path / "weightless")
+    (tmp_path / "weightless/model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"no teacher to imitate: .*\. Another place: model\.imitation\.teacher\.$"):
+        load_imitated(str(tmp_path / place), CONFIG, 2048, 32)
+    with pytest.raises(CheckpointError, match="no such file"):  # of a file it is said what was expected
+        load_imitated(str(tmp_path / "nowhere.ckpt"), CONFIG, 2048, 32)
 
 
 def test_teachers_that_are_not_the_same_in_all_else_fit(tmp_path):
-    """More words than the tokenizer's, and another width inside the layers."""
-    save_pretrained(BertModel(replace(CONFIG, vocab_size=2049, intermediate_size=96, num_attention_heads=2)), tmp_path)
-    assert load_imitated(str(tmp_path), CONFIG, 2048).config.vocab_size == 2049
+    """More words than the tokenizer's, another width inside the layers, fewer positions if these are enough."""
+    other = {"vocab_size": 2049, "intermediate_size": 96, "num_attention_heads": 2, "max_position_embeddings": 32}
+    save_pretrained(BertModel(replace(CONFIG, **other)), tmp_path)
+    teacher = load_imitated(str(tmp_path), CONFIG, 2048, 32)
+    assert (teacher.config.vocab_size, teacher.config.max_position_embeddings) == (2049, 32)
+
+
+def test_a_source_without_a_pooler_teaches_none(tmp_path):
+    """A pooler drawn anew would be another one at each start."""
+    torch.manual_seed(1)
+    save_pretrained(randomise(BertForQuestionAnswering(CONFIG)), tmp_path)
+    assert load_imitated(str(tmp_path), CONFIG, 2048, 32).pooler is None
+    start = ["--data.tokenizer", str(ROOT / "data/sample/vocab.txt"), "--model.slope", "null"]
+    once = ["--trainer.max_steps", "1", "--trainer.val_check_interval", "1", "--model.learning_rate", "1e-9"]
+    (tmp_path / "runs").mkdir()
+    found = run(tmp_path / "runs", "fit", str(tmp_path), *start, *once)
+    assert found["scores"]["val/imitation"] < 1e-9, "an unpruned student is its own teacher"
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_every_trained_parameter_has_a_gradient(pooled):
+    """DDP waits for them."""
+    torch.manual_seed(0)
+    net, teacher = BertForPreTraining(CONFIG), BertModel(CONFIG, add_pooling_layer=pooled)
+    freeze_heads(net)
+    names = (
+        "input_ids",
+        "attention_mask",
+        "token_type_ids",
+        "masked_positions",
+        "masked_labels",
+        "next_sentence_label",
+    )
+    shapes = ((2, 9), (2, 9), (2, 9), (2, 3), (2, 3), (2,))
+    batch = {name: torch.ones(shape, dtype=torch.int64) for name, shape in zip(names, shapes, strict=True)}
+    with torch.no_grad():
+        theirs = teacher(batch["input_ids"], output_hidden_states=True)
+    distance = Distillation(teacher, "hidden_states", weight=1.0).distance
+    loss, shown, _ = _imitation_loss(net, batch, theirs, distance, 1.0)
+    assert loss.item() == shown.item()
+    loss.backward()
+    lacking = [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
+    assert lacking == []
+    assert bool(net.bert.pooler.dense.weight.grad.any()) == pooled

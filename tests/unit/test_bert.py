@@ -88,6 +88,12 @@ def test_hidden_states_carry_gradients_and_come_with_masked_positions():
     model, inputs = build("pretraining"), batch()
     asked = model(**inputs, masked_positions=torch.tensor([[3], [0]]), output_hidden_states=True)
     assert [tuple(state.shape) for state in asked.hidden_states] == [(2, 16, 32)] * 4  # of all positions
+    assert torch.equal(asked.pooler_output, model.bert(**inputs).pooler_output)
+    assert model(**inputs).pooler_output is None
+    none = model(**inputs, masked_positions=torch.empty(2, 0, dtype=torch.int64), output_hidden_states=True)
+    assert tuple(none.prediction_logits.shape) == (2, 0, 97)
+    for name in ("hidden_states", "pooler_output", "seq_relationship_logits"):
+        torch.testing.assert_close(getattr(none, name), getattr(asked, name), rtol=0, atol=0)
     asked.hidden_states[1].square().sum().backward()
     layers = model.bert.encoder.layer
     assert layers[0].output.dense.weight.grad.abs().max() > 0
