@@ -209,7 +209,9 @@ def check_starts(names: list[str], fade: float = FADE, recovered: Path | None = 
     if recovered is not None:
         folder = recovered.expanduser().resolve().name
         if not folder or set(folder) & set("+=,"):
-            raise SystemExit(f"--recovered {recovered}: its name {folder!r} is part of the rows' and may not have +, = or ,")
+            raise SystemExit(
+                f"--recovered {recovered}: its name {folder!r} is part of the rows' and may not have +, = or ,"
+            )
         spelt["recovered"] = f"recovered={folder}"
     found = []
     for name in names:
