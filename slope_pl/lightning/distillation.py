@@ -68,7 +68,7 @@ class Distillation:
         if not _is_number(temperature) or not 0 < temperature < float("inf"):
             raise ConfigError(f"temperature={temperature!r}: a number above 0 is expected")
         if task in ("regression", "hidden_states") and temperature != 1:
-            raise ConfigError(f"temperature={temperature!r} has no effect with task={task!r}; leave it out")
+            raise ConfigError(f"temperature={temperature!r} has no effect in {task.replace('_', ' ')}; leave it out")
         if not _is_number(weight) or not 0 < weight <= 1:
             raise ConfigError(
                 f"weight={weight!r}: above 0 and at most 1 is expected; without a teacher, leave distillation out"

@@ -152,7 +152,8 @@ class Emptied(SLoPeLightningModule):
 
     def training_step(self, batch, batch_idx):
         outputs = self.net(batch["input_ids"])
-        return sum(F.softplus(out).mean() for out in (outputs if isinstance(outputs, tuple) else (outputs,)))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return sum(F.softplus(out).mean() for out in outputs if out is not None)
 
     def configure_optimizers(self):
         decay = {"weights": 0.5, "no_decay": 0.0, "adapters": 0.1}

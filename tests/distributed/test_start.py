@@ -20,7 +20,7 @@ def started(request, tmp_path_factory):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_zero_3_begins_where_one_device_does(started, name):
-    """ZeRO sums gradients in another order; measured are 5e-7 of a loss and 1.2e-7 in a weight."""
+    """ZeRO sums gradients in another order; measured are 5e-7 of a loss, in a weight 1.2e-7 (AMD) and 1.8e-6 (Intel)."""
     folder, ranks = started
     alone = begin(name, folder)
     assert any(key.endswith(".indices") for key in alone["start"]) is not name.endswith("_dense")
@@ -29,7 +29,7 @@ def test_zero_3_begins_where_one_device_does(started, name):
         assert_same(report["start"], alone["start"])
         assert report["losses"][0] == alone["losses"][0]
         assert report["losses"] == pytest.approx(alone["losses"], rel=1e-6)
-        torch.testing.assert_close(report["end"], alone["end"], rtol=0, atol=1e-6)
+        torch.testing.assert_close(report["end"], alone["end"], rtol=0, atol=5e-6)
 
 
 def test_a_net_that_enters_zero_init_is_never_whole(started):
