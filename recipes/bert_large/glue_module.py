@@ -100,8 +100,8 @@ class BertGlue(BertFineTuning):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean cross-entropy, for STS-B the mean squared error of the score; with a teacher, its part added."""
-        out, labels = self.outputs(batch), batch["labels"]
-        logits = out.logits.float()
+        out, labels = None if self.distillation is None else self.outputs(batch), batch["labels"]
+        logits = (self(batch) if out is None else out.logits).float()
         loss = F.mse_loss(logits.squeeze(1), labels) if self.info.regression else F.cross_entropy(logits, labels)
         loss = self.taught(loss, out, batch)
         self.log("train/loss", loss, prog_bar=True)

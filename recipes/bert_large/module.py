@@ -82,9 +82,10 @@ class BertSquad(BertFineTuning):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean of the cross-entropies of start and end position; with a teacher, its part added."""
-        out = self.outputs(batch)
-        start = F.cross_entropy(out.start_logits.float(), batch["start_positions"])
-        end = F.cross_entropy(out.end_logits.float(), batch["end_positions"])
+        out = None if self.distillation is None else self.outputs(batch)
+        start_logits, end_logits = self(batch) if out is None else (out.start_logits, out.end_logits)
+        start = F.cross_entropy(start_logits.float(), batch["start_positions"])
+        end = F.cross_entropy(end_logits.float(), batch["end_positions"])
         loss = self.taught((start + end) / 2, out, batch, batch["attention_mask"])
         self.log("train/loss", loss, prog_bar=True)
         return loss

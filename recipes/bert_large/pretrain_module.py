@@ -367,7 +367,7 @@ def _imitation_loss(
     output = _forward(net, batch, states=True, words=weight < 1)
     missed = distance(output, theirs, batch["attention_mask"])
     if weight == 1:
-        pooled = output.pooler_output
+        pooled = getattr(output, "pooler_output", None)
         # DDP waits for a gradient of every parameter, also where the teacher has no pooler.
         idle = 0.0 if pooled is None or theirs.pooler_output is not None else 0.0 * pooled.sum()
         return missed + idle, missed.detach(), None

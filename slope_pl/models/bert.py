@@ -123,14 +123,18 @@ def _refuse(field: str, value: object, expected: str, fix: str) -> NoReturn:
 
 
 class BertModelOutput(NamedTuple):
-    """``last_hidden_state`` ``(B, T, hidden)``; ``pooler_output`` ``(B, hidden)``, or None without a pooler.
-
-    ``hidden_states`` are those of the embeddings and of every layer, each ``(B, T, hidden)``, or None if not asked for.
-    """
+    """``last_hidden_state`` ``(B, T, hidden)``; ``pooler_output`` ``(B, hidden)``, or None without a pooler."""
 
     last_hidden_state: Tensor
     pooler_output: Tensor | None
-    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class BertModelStates(NamedTuple):
+    """The same with ``hidden_states``: those of the embeddings and of every layer, each ``(B, T, hidden)``."""
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor | None
+    hidden_states: tuple[Tensor, ...]
 
 
 class BertEmbeddings(nn.Module):
@@ -255,7 +259,7 @@ class BertModel(nn.Module):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         output_hidden_states: bool = False,
-    ) -> BertModelOutput:
+    ) -> BertModelOutput | BertModelStates:
         """Encode a batch of token ids.
 
         Args:
@@ -284,7 +288,7 @@ class BertModel(nn.Module):
         states = [x] if output_hidden_states else None
         x = self.encoder(x, mask, states)
         pooled = None if self.pooler is None else self.pooler(x[:, 0])
-        return BertModelOutput(x, pooled, None if states is None else tuple(states))
+        return BertModelOutput(x, pooled) if states is None else BertModelStates(x, pooled, tuple(states))
 
 
 def chain(**modules: nn.Module) -> nn.Sequential:

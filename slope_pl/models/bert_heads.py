@@ -9,33 +9,47 @@ from slope_pl.nn import built_whole
 
 
 class PreTrainingOutput(NamedTuple):
-    """``prediction_logits`` ``(B, T or P, vocab)``; ``seq_relationship_logits`` ``(B, 2)``: is next, is random.
-
-    ``hidden_states`` and ``pooler_output`` as those of :class:`slope_pl.models.BertModelOutput`, or None if not asked for.
-    """
+    """``prediction_logits`` ``(B, T or P, vocab)``; ``seq_relationship_logits`` ``(B, 2)``: is next, is random."""
 
     prediction_logits: Tensor
     seq_relationship_logits: Tensor
-    hidden_states: tuple[Tensor, ...] | None = None
-    pooler_output: Tensor | None = None
+
+
+class PreTrainingStates(NamedTuple):
+    """The same with what :class:`slope_pl.models.BertModel` gives."""
+
+    prediction_logits: Tensor
+    seq_relationship_logits: Tensor
+    hidden_states: tuple[Tensor, ...]
+    pooler_output: Tensor
 
 
 class QuestionAnsweringOutput(NamedTuple):
-    """``start_logits`` and ``end_logits``, both ``(B, T)``; padding is not masked out of them.
-
-    ``hidden_states`` as those of :class:`slope_pl.models.BertModelOutput`.
-    """
+    """``start_logits`` and ``end_logits``, both ``(B, T)``; padding is not masked out of them."""
 
     start_logits: Tensor
     end_logits: Tensor
-    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class QuestionAnsweringStates(NamedTuple):
+    """The same with the hidden states of :class:`slope_pl.models.BertModel`."""
+
+    start_logits: Tensor
+    end_logits: Tensor
+    hidden_states: tuple[Tensor, ...]
 
 
 class SequenceClassificationOutput(NamedTuple):
-    """``logits`` ``(B, num_labels)``; ``hidden_states`` as those of :class:`slope_pl.models.BertModelOutput`."""
+    """``logits`` ``(B, num_labels)``."""
 
     logits: Tensor
-    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class SequenceClassificationStates(NamedTuple):
+    """The same with the hidden states of :class:`slope_pl.models.BertModel`."""
+
+    logits: Tensor
+    hidden_states: tuple[Tensor, ...]
 
 
 class BertLMPredictionHead(nn.Module):
@@ -82,21 +96,24 @@ class BertForPreTraining(nn.Module):
         position_ids: Tensor | None = None,
         masked_positions: Tensor | None = None,
         output_hidden_states: bool = False,
-    ) -> PreTrainingOutput:
+    ) -> PreTrainingOutput | PreTrainingStates:
         """Return the logits of both heads; arguments and errors as :meth:`BertModel.forward`, and one more.
 
         ``masked_positions``, int64 ``(B, P)``, are the positions in ``0 .. T-1`` to predict (ValueError unless of that
         shape); fill short rows with any valid position and leave those out of the loss. Only these are decoded, which
         with P = 80 of T = 512 saves 84% of the largest activation. None decodes all ``T``.
         """
-        x, pooled, states = self.bert(input_ids, attention_mask, token_type_ids, position_ids, output_hidden_states)
+        out = self.bert(input_ids, attention_mask, token_type_ids, position_ids, output_hidden_states)
+        x, pooled = out.last_hidden_state, out.pooler_output
         if masked_positions is not None:
             if masked_positions.ndim != 2 or masked_positions.shape[0] != x.shape[0]:
                 shape = tuple(masked_positions.shape)
                 raise ValueError(f"masked_positions has shape {shape}, expected (B, P) with B = {x.shape[0]}.")
             x = x.take_along_dim(masked_positions[..., None], dim=1)
         words, pairs = self.cls["predictions"](x), self.cls["seq_relationship"](pooled)
-        return PreTrainingOutput(words, pairs, states, pooled if output_hidden_states else None)
+        if not output_hidden_states:
+            return PreTrainingOutput(words, pairs)
+        return PreTrainingStates(words, pairs, out.hidden_states, pooled)
 
 
 class BertForQuestionAnswering(nn.Module):
@@ -117,11 +134,13 @@ class BertForQuestionAnswering(nn.Module):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         output_hidden_states: bool = False,
-    ) -> QuestionAnsweringOutput:
+    ) -> QuestionAnsweringOutput | QuestionAnsweringStates:
         """Return ``(B, T)`` start and end logits; arguments and errors as :meth:`BertModel.forward`."""
         out = self.bert(input_ids, attention_mask, token_type_ids, position_ids, output_hidden_states)
         start, end = self.qa_outputs(out.last_hidden_state).unbind(-1)
-        return QuestionAnsweringOutput(start, end, out.hidden_states)
+        if not output_hidden_states:
+            return QuestionAnsweringOutput(start, end)
+        return QuestionAnsweringStates(start, end, out.hidden_states)
 
 
 class BertForSequenceClassification(nn.Module):
@@ -146,7 +165,10 @@ class BertForSequenceClassification(nn.Module):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         output_hidden_states: bool = False,
-    ) -> SequenceClassificationOutput:
+    ) -> SequenceClassificationOutput | SequenceClassificationStates:
         """Return ``(B, num_labels)`` logits; arguments and errors as :meth:`BertModel.forward`."""
         out = self.bert(input_ids, attention_mask, token_type_ids, position_ids, output_hidden_states)
-        return SequenceClassificationOutput(self.classifier(self.dropout(out.pooler_output)), out.hidden_states)
+        logits = self.classifier(self.dropout(out.pooler_output))
+        if not output_hidden_states:
+            return SequenceClassificationOutput(logits)
+        return SequenceClassificationStates(logits, out.hidden_states)

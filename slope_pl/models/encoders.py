@@ -13,7 +13,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from slope_pl.models.bert_heads import QuestionAnsweringOutput, SequenceClassificationOutput
+from slope_pl.models.bert_heads import (
+    QuestionAnsweringOutput,
+    QuestionAnsweringStates,
+    SequenceClassificationOutput,
+    SequenceClassificationStates,
+)
 from slope_pl.models.hf import PretrainedMismatchError
 from slope_pl.models.hf_files import PretrainedFilesError, PretrainedUnavailableError
 from slope_pl.nn import built_whole
@@ -65,7 +70,9 @@ class Encoder(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         output_hidden_states: bool = False,
-    ) -> QuestionAnsweringOutput | SequenceClassificationOutput:
+    ) -> (
+        QuestionAnsweringOutput | SequenceClassificationOutput | QuestionAnsweringStates | SequenceClassificationStates
+    ):
         """Run encoder and head.
 
         Args:
@@ -87,10 +94,14 @@ class Encoder(nn.Module):
         segments = {"token_type_ids": token_type_ids} if self.uses_token_types else {}
         asked = {"return_dict": True, "output_hidden_states": output_hidden_states}
         out = self.model(input_ids=input_ids, attention_mask=attention_mask, **asked, **segments)
-        states = out.hidden_states if output_hidden_states else None
         if self.task == "question_answering":
-            return QuestionAnsweringOutput(out.start_logits, out.end_logits, states)
-        return SequenceClassificationOutput(out.logits, states)
+            answer = out.start_logits, out.end_logits
+            if output_hidden_states:
+                return QuestionAnsweringStates(*answer, out.hidden_states)
+            return QuestionAnsweringOutput(*answer)
+        if output_hidden_states:
+            return SequenceClassificationStates(out.logits, out.hidden_states)
+        return SequenceClassificationOutput(out.logits)
 
 
 @built_whole()

@@ -152,8 +152,7 @@ class Emptied(SLoPeLightningModule):
 
     def training_step(self, batch, batch_idx):
         outputs = self.net(batch["input_ids"])
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return sum(F.softplus(out).mean() for out in outputs if out is not None)
+        return sum(F.softplus(out).mean() for out in (outputs if isinstance(outputs, tuple) else (outputs,)))
 
     def configure_optimizers(self):
         decay = {"weights": 0.5, "no_decay": 0.0, "adapters": 0.1}

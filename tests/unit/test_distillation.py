@@ -11,7 +11,9 @@ from torch import nn
 
 from slope_pl import CheckpointError, ConfigError, ConversionError, Distillation, SLoPeConfig, sparse_layers, sparsify
 from slope_pl.lightning import frozen_copy, load_teacher
-from slope_pl.models import BertModelOutput, PreTrainingOutput, QuestionAnsweringOutput
+from slope_pl.models import PreTrainingOutput, QuestionAnsweringOutput
+from slope_pl.models.bert import BertModelStates
+from slope_pl.models.bert_heads import PreTrainingStates
 from tests.unit import bert_cases
 from tests.unit.reference import gaussian
 
@@ -152,7 +154,7 @@ PADDED = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
         list,
         tuple,
         lambda given: SimpleNamespace(hidden_states=tuple(given)),
-        lambda given: BertModelOutput(given[-1], gaussian(2, 6), tuple(given)),  # a pooler, and a teacher without one
+        lambda given: BertModelStates(given[-1], gaussian(2, 6), tuple(given)),  # a pooler, and a teacher without one
     ],
     ids=["list", "tuple", "namespace", "named tuple"],
 )
@@ -178,8 +180,8 @@ def test_hidden_states(mask, weight, wrap):
     "wrap",
     [
         lambda given, pooled: SimpleNamespace(hidden_states=given, pooler_output=pooled),
-        lambda given, pooled: BertModelOutput(given[-1], pooled, given),
-        lambda given, pooled: PreTrainingOutput(gaussian(2, 0, 9), gaussian(2, 2), given, pooled),
+        lambda given, pooled: BertModelStates(given[-1], pooled, given),
+        lambda given, pooled: PreTrainingStates(gaussian(2, 0, 9), gaussian(2, 2), given, pooled),
     ],
     ids=["namespace", "encoder", "pretraining"],
 )
