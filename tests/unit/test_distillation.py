@@ -403,7 +403,7 @@ def test_memory_of_the_teacher():
         ({"task": "classification", "temperature": 0.0}, "temperature=0.0: a number above 0"),
         ({"task": "classification", "temperature": math.inf}, "temperature=inf"),
         ({"task": "regression", "temperature": 2.0}, "no effect in regression"),
-        ({"task": "hidden_states", "temperature": 2.0}, "no effect with task='hidden_states'"),
+        ({"task": "hidden_states", "temperature": 2.0}, "no effect in hidden states"),
         ({"task": "classification", "weight": 0.0}, "weight=0.0: above 0 and at most 1"),
         ({"task": "classification", "weight": 1.5}, "weight=1.5"),
     ],
