@@ -1,12 +1,14 @@
 """Loss curves as SVG."""
 
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.plot_style import COLOURS, STYLE, pyplot
 
 Points = Sequence[tuple[float, float]]
+_TITLE = 100  # characters a line
 
 
 def loss_curves(
@@ -40,8 +42,9 @@ def loss_curves(
             low, high = min(last), max(last)
             axes.set_ylim(low - 0.05 * (high - low) - 0.01, high + 0.05 * (high - low) + 0.01)
         axes.set_ylabel("loss, nats a token")
-        axes.set_title(f"{title} (line: training, points: validation)")
-        axes.legend(frameon=False)
+        axes.set_title(textwrap.fill(title, _TITLE) + "\n(line: training, points: validation)")
+        beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1)} if len(curves) > len(COLOURS) else {}
+        axes.legend(handles=_keys(plt, curves), frameon=False, **beside)
         if against is not None:
             lower = panels[1, 0]
             taken = dict.fromkeys(curves, curves[against]) | dict(bases or {})
@@ -62,12 +65,23 @@ def _draw(axes: Any, curves: Mapping[str, tuple[Points, Points]]) -> list[float]
     """Draw the curves; returns what must be seen of them, which leaves out their first tenth."""
     seen = []
     for i, (label, (train, val)) in enumerate(curves.items()):
-        colour, dashed = COLOURS[i % len(COLOURS)], i >= len(COLOURS)
-        line = "none" if train else "-"
-        axes.plot(*_columns(train), color=colour, linewidth=1, alpha=0.6, linestyle="--" if dashed else "-")
-        axes.plot(*_columns(val), color=colour, marker="o", markersize=4, linestyle=line, label=label)
+        style = _style(i)
+        axes.plot(*_columns(train), **style | {"marker": "none", "linewidth": 1, "alpha": 0.6})
+        axes.plot(*_columns(val), label=label, **style | ({"linestyle": "none"} if train else {}))
         seen += [loss for _, loss in (*train[len(train) // 10 :], *val)]
     return seen
+
+
+def _style(number: int) -> dict[str, Any]:
+    """Of one curve: colours come again with broken lines and hollow points."""
+    colour, again = COLOURS[number % len(COLOURS)], number >= len(COLOURS)
+    shape = {"linestyle": "--", "markerfacecolor": "white"} if again else {"linestyle": "-"}
+    return {"color": colour, "marker": "o", "markersize": 4, **shape}
+
+
+def _keys(plt: Any, labels: Iterable[str]) -> list[Any]:
+    """What the legend shows."""
+    return [plt.Line2D([], [], label=label, linewidth=1, **_style(i)) for i, label in enumerate(labels)]
 
 
 def _less(curve: tuple[Points, Points], other: tuple[Points, Points]) -> tuple[Points, Points]:

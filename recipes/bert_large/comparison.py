@@ -189,6 +189,7 @@ def run_all(
         dense_rates: by task: rate of the dense runs that others start from.
         threads: environment of a process for each run.
     """
+    threads = {**launching.share_of_threads(options.jobs), **threads}
     deadline = float("inf") if options.budget_minutes is None else time.time() + 60 * options.budget_minutes
     job = Job(recipe, place, options.runs.absolute(), options.in_process, threads, deadline, options.recovered)
     done = {result.run for result in read(options.csv)}

@@ -1,7 +1,6 @@
 """Several runs at a time, in threads or in worker processes that may die."""
 
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from typing import Any, Generic, TypeVar
@@ -82,7 +81,7 @@ class Workers(Generic[Key, Outcome]):
             self._jobs,
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_begin_worker,
-            initargs=(max(1, (os.cpu_count() or 1) // self._jobs),),
+            initargs=(max(1, torch.get_num_threads() // self._jobs),),
             max_tasks_per_child=_RUNS_A_PROCESS,
         )
 

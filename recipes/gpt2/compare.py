@@ -320,8 +320,9 @@ def train(
     arguments = command_line(
         plan, location, folder, options.checkpoints, options.trace_adapters, turn and turn.absolute()
     )
+    threads = {**launching.share_of_threads(len(options.gpus or [0])), **launching.one_thread()}
     file, found = launching.train_and_read(
-        "recipes.gpt2.pretrain", pretrain, arguments, folder, options.in_process, launching.one_thread(), environment
+        "recipes.gpt2.pretrain", pretrain, arguments, folder, options.in_process, threads, environment
     )
     result = Result.of(
         found, family=plan.family, method=plan.method, settings=plan.settings, rate=plan.rate, seed=plan.seed

@@ -18,7 +18,7 @@ from recipes.gpt2.ledger import Result, best_rates, read
 from recipes.gpt2.plans import Plan, Queue, labels
 from recipes.gpt2.zeroshot_report import PUBLISHED, PUBLISHED_METRIC, PUBLISHED_MODEL, RACE_NOTE
 from recipes.gpt2.zeroshot_tasks import TASKS, find_file
-from recipes.launching import ROOT, RunError
+from recipes.launching import ROOT, RunError, share_of_threads
 from recipes.ledger import append_row, read_rows
 from slope_pl.data import DataUnavailableError
 
@@ -105,7 +105,13 @@ def _is_there(name: str, folder: str) -> bool:
 
 
 def score(
-    checkpoint: Path, run: str, folder: Path, data: str, tasks: Sequence[str], environment: Mapping[str, str]
+    checkpoint: Path,
+    run: str,
+    folder: Path,
+    data: str,
+    tasks: Sequence[str],
+    environment: Mapping[str, str],
+    processes: int = 1,
 ) -> list[TaskScore]:
     """Score a checkpoint in a process of its own.
 
@@ -116,6 +122,7 @@ def score(
         data: folder of local task files, or :data:`HUB`.
         tasks: keys of ``TASKS``.
         environment: set for the process.
+        processes: how many of them are side by side.
 
     Raises:
         RunError: if it failed; with the end of its output.
@@ -125,7 +132,12 @@ def score(
     command += [*([] if data == HUB else ["--data", str(Path(data).expanduser().absolute())]), "--tasks", *tasks]
     with log.open("w", encoding="utf-8") as stream:
         # A bar in a file is a line a move.
-        settings = {"TQDM_MININTERVAL": "10", **os.environ, **environment}
+        settings = {
+            "TQDM_MININTERVAL": "10",
+            **share_of_threads(processes),
+            **os.environ,
+            **environment,
+        }
         status = children.run(command, cwd=ROOT, env=settings, stdout=stream, stderr=subprocess.STDOUT)
     if status:
         end = "\n".join(log.read_text(encoding="utf-8").splitlines()[-10:])
@@ -176,12 +188,14 @@ def score_runs(
             flush=True,
         )
 
+    processes = max(1, min(len(lanes), len(queue.plans)))
+
     def work(lane: Mapping[str, str]) -> None:
         while (plan := queue.take()) is not None:
             began, checkpoint = time.perf_counter(), found[plan.key]
             assert checkpoint is not None, "queued are those that have one"
             try:
-                rows = score(checkpoint, done[plan.key], place(plan), settings.data, settings.tasks, lane)
+                rows = score(checkpoint, done[plan.key], place(plan), settings.data, settings.tasks, lane, processes)
             except RunError as error:
                 queue.failed.append(f"scores of {plan.label}")
                 print(f"Scores of {plan.label} FAILED: {error}", flush=True)

@@ -12,6 +12,8 @@ from unittest import mock
 
 import datasets
 import lm_eval.api.task
+import lm_eval.tasks
+import lm_eval.utils
 from lm_eval.api.model import LM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
@@ -25,10 +27,19 @@ _BOOTSTRAPS = 1000  # resamples for the standard error of the perplexity; accura
 _FEWSHOT_SEED = 1234  # the harness' own default
 
 
+_FOLDERS = ("arc", "hellaswag", "lambada", "mathqa", "mmlu/default", "openbookqa", "piqa", "race", "winogrande")
+
+
 @cache
 def task_manager() -> TaskManager:
-    """The harness' list of tasks, made once: it reads some ten thousand files."""
-    return TaskManager()
+    """The harness' list of our tasks, made once. All of its folders are some ten thousand files, 20 seconds of reading."""
+    everything = Path(lm_eval.tasks.__file__).parent
+    ours = [everything / folder for folder in _FOLDERS]
+    if all(folder.is_dir() for folder in ours):
+        manager = TaskManager(include_path=[str(folder) for folder in ours], include_defaults=False)
+        if all(task.harness in manager.task_index for task in TASKS.values()):
+            return manager
+    return TaskManager()  # a version of the harness that keeps them elsewhere
 
 
 class _LocalFile:
@@ -126,7 +137,7 @@ def score(lm: LM, loaded: dict[str, Any], limit: int | None = None) -> dict[str,
     """
     # Its pool of processes for the bootstrap would be forked from a process that holds threads and a GPU.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    with _quiet():
+    with _quiet(), _templates_compiled_once():
         return evaluate(lm, loaded, limit=limit, bootstrap_iters=_BOOTSTRAPS, log_samples=False)
 
 
@@ -138,6 +149,14 @@ def _from_hub(name: str) -> dict[str, Any]:
             f"the hub did not deliver {name} ({type(error).__name__}: {error}). Without a network, give a folder with local "
             "files: --data FOLDER (layout: --help)."
         ) from error
+
+
+@contextmanager
+def _templates_compiled_once() -> Iterator[None]:
+    """The harness compiles a prompt's Jinja template anew for each document, three quarters of the time that prompts take."""
+    templates = lm_eval.utils.env
+    with mock.patch.object(templates, "from_string", cache(templates.from_string)):
+        yield
 
 
 @contextmanager

@@ -123,7 +123,7 @@ def test_report_command_runs(monkeypatch, tmp_path, capsys):
             assert "| dense |" in small
             assert all(table in README for table in (small, medium, zeroshot))
         else:
-            losses = re.findall(r"\| (\d\.\d{4}) \|", tables[0])
+            losses = re.findall(r"\| (\d\.\d{4}(?: ± \d\.\d{4})?) \|", tables[0])
             assert len(losses) >= 2
             assert all(loss in README for loss in losses)
 

@@ -84,6 +84,22 @@ def test_a_run_that_cannot_be_scored_is_named_and_tried_again(arguments, tmp_pat
     assert len([*(tmp_path / "runs").glob("**/*.ckpt")]) == 2, "--checkpoints keeps them"
 
 
+def test_processes_side_by_side_share_the_cores(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(scoring.children, "run", lambda command, **options: seen.append(options["env"]) or 1)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 32)
+    for given in ({}, {"OMP_NUM_THREADS": "3"}):
+        for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        for processes in (1, 5, 64):
+            with pytest.raises(RunError):
+                scoring.score(tmp_path / "a.ckpt", "a", tmp_path, "hub", ["piqa"], {}, processes)
+    threads = [(env.get("OMP_NUM_THREADS"), env.get("RAYON_NUM_THREADS")) for env in seen]
+    assert threads == [(None, None), ("6", "6"), ("1", "1"), ("3", None), ("3", "6"), ("3", "1")]
+
+
 def test_the_table_has_means_over_seeds_and_over_shared_tasks(tmp_path):
     file = tmp_path / "my.csv"
     results = [row(), row(seed=1), row(rate=2e-3, val_loss=5.0), row(method="slope r=0", settings="novels_slope.yaml")]

@@ -5,9 +5,12 @@ import lzma
 from unittest import mock
 
 import datasets
+import lm_eval.utils
 import pytest
+from lm_eval.api.model import LM
 
-from recipes.gpt2.zeroshot_harness import load_tasks, task_manager
+from recipes.gpt2 import zeroshot_harness
+from recipes.gpt2.zeroshot_harness import load_tasks, score, task_manager
 from recipes.gpt2.zeroshot_tasks import TASKS, TaskFileError
 from slope_pl import ConfigError
 from slope_pl.data import DataUnavailableError
@@ -191,6 +194,40 @@ def test_local_mmlu_is_the_harness_own(tmp_path):
     with mock.patch.object(datasets, "load_dataset", return_value=hub_data):
         hub = task_manager().load(["mmlu_abstract_algebra"])
     assert asked(hub, "mmlu_abstract_algebra") == local
+
+
+def test_only_the_folders_of_our_tasks_are_read(monkeypatch):
+    assert {task.harness for task in TASKS.values()} <= task_manager().task_index.keys()
+    assert len(task_manager().task_index) < 200
+    made = []
+    monkeypatch.setattr(zeroshot_harness, "TaskManager", lambda **given: made.append(given))
+    monkeypatch.setattr(zeroshot_harness, "_FOLDERS", ("arc", "nowhere"))
+    task_manager.__wrapped__()
+    assert made == [{}], "all of the harness, where a version of it keeps them elsewhere"
+
+
+def test_the_templates_of_prompts_are_compiled_once(tmp_path, monkeypatch):
+    rows = [CASES["piqa"][0][0] | {"question": question} for question in ("dry hands", "wet hands", "cold hands")]
+    write(tmp_path, "piqa", rows)
+    asked, compiled = [], []
+    compile_one = lm_eval.utils.env.compile
+
+    class Model(LM):
+        def loglikelihood(self, requests):
+            asked.extend(request.args for request in requests)
+            return [(-len(request.args[1]), False) for request in requests]
+
+        loglikelihood_rolling = generate_until = None
+
+    monkeypatch.setattr(
+        type(lm_eval.utils.env), "compile", lambda self, source: compiled.append(source) or compile_one(source)
+    )
+    loaded = load_tasks(["piqa"], tmp_path, 0)
+    compiled.clear()
+    score(Model(), loaded)
+    assert [prompt for prompt, _ in asked[::2]] == [f"Question: {row['question']}\nAnswer:" for row in rows]
+    assert compiled, "the harness asks for templates as we think it does"
+    assert len(compiled) == len(set(compiled))
 
 
 def test_shots_come_from_the_split_the_harness_takes_them_from(tmp_path):
