@@ -12,7 +12,7 @@ stage=${2:?phase1, phase2 or finetune}
 newest() { find "/tmp/bert/$1" -name '*.ckpt' -printf '%T@ %p\n' | sort -n | tail -n 1 | cut -d' ' -f2-; }
 
 pretrain() { # GPU, sibling, phase, arguments
-  CUDA_VISIBLE_DEVICES=$1 timeout -k 20 570 $PY -m recipes.bert_large.pretrain fit \
+  OMP_NUM_THREADS=8 CUDA_VISIBLE_DEVICES=$1 timeout -k 20 570 $PY -m recipes.bert_large.pretrain fit \
     --config "recipes/bert_large/pretrain_phase$3_novels$2.yaml" --data.source "$SLOPE_DATA_DIR/text/novels.txt.xz" \
     --data.tokenizer "$SLOPE_DATA_DIR/tokenizers/bert-base-uncased-vocab.txt" --trainer.enable_progress_bar false \
     --trainer.logger.init_args.save_dir "/tmp/bert/phase$3$2" "${@:4}" > "$OUT/phase$3$2.log" 2>&1 || return

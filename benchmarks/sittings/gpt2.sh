@@ -6,7 +6,7 @@
 # seeds      every method at its best rate, seed SEED (3); checkpoints stay below /tmp/gpt2-runs. Beside it kernels, in turn
 # kernels    200 steps by the compiled kernels and by the reference operations, a CSV of their own
 # medium     dense, SLoPe and transposable, 40M tokens, and levers where a GPU is left
-# zeroshot   scores of these checkpoints, side by side (needs the pack `eval`), on LANES (0 0 0 0 1 1 1 1); in the same session
+# zeroshot   scores of these checkpoints, side by side (needs the pack `eval`), on LANES (0 0 1 1); in the same session
 #            of the machine. What has no row yet would be trained: leave it out (--methods)
 # levers     one lever at a time, seed SEED, the slower ones last; a CSV of their own
 set -uo pipefail
@@ -80,7 +80,7 @@ case ${2:?seeds, medium, kernels, zeroshot or levers} in
     keep
     # shellcheck disable=SC2086
     compare novels --methods "${methods[@]}" --best-rates --seeds "$seed" --checkpoints --zeroshot "$SLOPE_DATA_DIR/zeroshot" \
-      --gpus ${LANES:-0 0 0 0 1 1 1 1} "${@:4}"
+      --gpus ${LANES:-0 0 1 1} "${@:4}"
     ;;
   levers)
     keep

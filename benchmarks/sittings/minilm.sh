@@ -10,6 +10,9 @@
 # recovered  GLUE and SQuAD from there, alone, with a teacher, with its hidden states; in the same session of the machine, after masks
 # seeds    of recovered starts at their best rates, seeds 0 to 2
 # ranks    after masks: best rates, adapters of rank 0, 4, 16, 24, seeds 0 to 2
+#
+# STEPS (3000) of a recovery. To see that it all runs: STEPS=3 RECOVER="--data.batch_size 4 --data.source FILE", TASKS=rte
+# GLUE="--data.max_train_rows 32 --data.max_dev_rows 32" SQUAD="--data.max_train_questions 8 --data.max_dev_questions 8"
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 . benchmarks/sittings/enter.sh "${1:?commit}"
@@ -30,22 +33,22 @@ run() { # log, GPU, module and arguments; begins nothing after the minutes, ends
 
 glue() {
   run glue 0 recipes.bert_large.glue_all --config glue_minilm.yaml --csv "$OUT/glue_minilm.csv" --runs /tmp/minilm-glue \
-    --data "$SLOPE_DATA_DIR/glue" --tasks cola sst2 mrpc stsb rte --jobs 14 --data.max_train_rows 8600 "$@"
+    --data "$SLOPE_DATA_DIR/glue" --tasks ${TASKS:-cola sst2 mrpc stsb rte} --jobs 14 ${GLUE:---data.max_train_rows 8600} "$@"
 }
 
 squad() {
   run squad 1 recipes.bert_large.compare --config squad_minilm.yaml --csv "$OUT/squad_minilm.csv" --runs /tmp/minilm-squad \
-    --data "$SLOPE_DATA_DIR/squad" --jobs 5 "$@"
+    --data "$SLOPE_DATA_DIR/squad" --jobs 5 ${SQUAD:-} "$@"
 }
 
-recovered=/tmp/novels-${STEPS:=1500} # its name goes into the rows
+recovered=/tmp/novels-${STEPS:=3000} # its name goes into the rows
 recover() { # GPU, name, arguments
   local runs=/tmp/minilm-recover/$2 weights
   weights=$($PY -c "from recipes.bert_large.glue_plan import minilm_folder; print(minilm_folder())")
-  CUDA_VISIBLE_DEVICES=$1 timeout -k 20 580 $PY -m recipes.bert_large.pretrain fit --config recipes/bert_large/pretrain_recover.yaml \
+  OMP_NUM_THREADS=4 CUDA_VISIBLE_DEVICES=$1 timeout -k 20 580 $PY -m recipes.bert_large.pretrain fit --config recipes/bert_large/pretrain_recover.yaml \
     --data.source "$SLOPE_DATA_DIR/text/novels.txt.xz" --model.weights "$weights" --data.tokenizer "$weights" \
     --trainer.enable_progress_bar false --trainer.logger.init_args.save_dir "$runs" --data.num_workers 4 \
-    --trainer.max_steps "$STEPS" --trainer.val_check_interval "$((STEPS / 3))" "${@:3}" > "$OUT/recover-$2.log" 2>&1 || return
+    --trainer.max_steps "$STEPS" --trainer.val_check_interval "$((STEPS / 3))" "${@:3}" ${RECOVER:-} > "$OUT/recover-$2.log" 2>&1 || return
   cp "$(find "$runs" -name last.ckpt | tail -n 1)" "$recovered/$2.ckpt"
   cp "$(find "$runs" -name result-fit.json | tail -n 1)" "$OUT/recover-$2.json"
 }
