@@ -12,7 +12,8 @@
 # ranks    after masks: best rates, adapters of rank 0, 4, 16, 24, seeds 0 to 2
 #
 # STEPS (3000) of a recovery. To see that it all runs: STEPS=3 RECOVER="--data.batch_size 4 --data.source FILE", TASKS=rte
-# GLUE="--data.max_train_rows 32 --data.max_dev_rows 32" SQUAD="--data.max_train_questions 8 --data.max_dev_questions 8"
+# GLUE="--data.max_train_rows 8 --data.max_dev_rows 8" SQUAD="--data.max_train_questions 2 --data.max_dev_questions 2", on a CPU
+# with --trainer.precision 32-true in both.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 . benchmarks/sittings/enter.sh "${1:?commit}"
