@@ -25,7 +25,7 @@ def test_draws_runs_against_the_first(runs, capsys):
         == 0
     )
     picture = out.read_text()
-    for words in (">dense, rate 1<", ">2:4<", "Two (line: training", "loss minus that of"):
+    for words in (">dense, rate 1<", ">2:4<", ">Two<", "(line: training", "loss minus that of"):
         assert words in picture
     assert str(out) in capsys.readouterr().out
     assert main(["--out", str(out), f"alone: {runs / 'a'}"]) == 0
