@@ -49,15 +49,20 @@ def one_thread() -> dict[str, str]:
     return {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
 
 
+def threads_each(processes: int) -> int:
+    """Threads for each of several processes, which together take as many as this one would alone; one at least."""
+    return max(1, torch.get_num_threads() // processes)
+
+
 def share_of_threads(processes: int) -> dict[str, str]:
-    """The environment in which several processes side by side take as many threads together as this one would alone.
+    """The environment of processes side by side, in which each takes :func:`threads_each`.
 
     Without it each takes all, and they wait for each other: of five that scored checkpoints on 32 cores (load 121), one was
     done after 6 minutes; with 4 threads each, four were done in 3.
     """
     if processes == 1:
         return {}
-    share = str(max(1, torch.get_num_threads() // processes))
+    share = str(threads_each(processes))
     return {"OMP_NUM_THREADS": share, "RAYON_NUM_THREADS": share}  # torch; tokenizers
 
 

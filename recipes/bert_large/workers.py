@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from recipes import children
-from recipes.launching import RunError
+from recipes.launching import RunError, threads_each
 
 _RUNS_A_PROCESS = 100  # then a fresh one: what leaks in a library stays bounded
 Key = TypeVar("Key")
@@ -81,7 +81,7 @@ class Workers(Generic[Key, Outcome]):
             self._jobs,
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_begin_worker,
-            initargs=(max(1, torch.get_num_threads() // self._jobs),),
+            initargs=(threads_each(self._jobs),),
             max_tasks_per_child=_RUNS_A_PROCESS,
         )
 

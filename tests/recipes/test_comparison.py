@@ -21,6 +21,7 @@ from recipes.bert_large.methods import (
     first_stage,
     method_arguments,
 )
+from recipes.launching import RunError
 from slope_pl.lightning import faded_masks
 from slope_pl.models import BertConfig, BertForQuestionAnswering, save_pretrained
 
@@ -289,6 +290,20 @@ def test_dry_run_lists_and_makes_nothing(tmp_path, data, capsys):
 def test_several_processes_make_many_runs_each(tmp_path, data):
     assert go(tmp_path, data, "--jobs", "2", "--seeds", "0", "1", "--starts", "teacher") == 0
     assert len(read(tmp_path / "results.csv")) == 4
+
+
+def test_processes_side_by_side_share_the_cores(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.get_num_threads", lambda: 32)
+    seen = []
+
+    def one(recipe, main, given, folder, in_process, defaults):
+        seen.append(defaults)
+        raise RunError("enough")
+
+    monkeypatch.setattr(comparison.launching, "train_and_read", one)
+    place = ["--csv", str(tmp_path / "my.csv"), "--runs", str(tmp_path), "--methods", "dense"]
+    assert compare.main([*place, "--rates", "1e-4", "2e-4", "--jobs", "4"]) == 1
+    assert seen == [{"OMP_NUM_THREADS": "8", "RAYON_NUM_THREADS": "8"}] * 2
 
 
 def test_squad_is_compared_by_the_same_runner(tmp_path, capsys):

@@ -149,6 +149,23 @@ def test_lanes_of_one_gpu_share_its_lock(arguments, tmp_path, monkeypatch, capfd
     assert seen == [("7", "gpu-7.lock")] * 4
 
 
+def test_lanes_share_the_cores(arguments, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setattr("torch.get_num_threads", lambda: 32)
+    monkeypatch.setattr(launching, "one_thread", dict)  # as where there is a GPU
+    seen = []
+
+    def one(recipe, main, given, folder, in_process, defaults, settings):
+        seen.append(defaults)
+        raise RunError("enough")
+
+    monkeypatch.setattr(launching, "train_and_read", one)
+    arguments.remove("--in-process")
+    for gpus in (["0"], ["0", "1"]):
+        assert compare.main([*arguments, "--gpus", *gpus]) == 1
+    assert seen == [{}] * 4 + [{"OMP_NUM_THREADS": "16", "RAYON_NUM_THREADS": "16"}] * 4
+
+
 def test_processes_take_turns(arguments, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
     arguments.remove("--in-process")

@@ -1,14 +1,17 @@
 """What the GPT-2 README tells a user to do works."""
 
+import math
 import re
 import shlex
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
 import yaml
 
 from recipes.gpt2 import compare, plans
+from recipes.gpt2.ledger import Curve, read, read_curves
 from recipes.gpt2.module import GPT2Pretraining
 from recipes.gpt2.pretrain import main
 from slope_pl import SLoPeConfig
@@ -131,3 +134,41 @@ def test_report_command_runs(monkeypatch, tmp_path, capsys):
 def test_every_config_is_in_the_table():
     for path in (ROOT / "recipes/gpt2").glob("*.yaml"):
         assert f"[`{path.name}`]({path.name})" in README
+
+
+def mean_drift(first: Curve, second: Curve, low: int, high: int) -> float:
+    """By how much the second training loss is above the first, over the steps that both have."""
+    losses = [{step: loss for step, _, loss, _ in curve.points if not math.isnan(loss)} for curve in (first, second)]
+    return statistics.mean(losses[1][s] - losses[0][s] for s in losses[0].keys() & losses[1].keys() if low <= s <= high)
+
+
+def test_the_drift_of_kernels_and_emulation_is_that_of_the_curves():
+    ranges = [
+        tuple(map(int, words))
+        for words in re.findall(r" (\d+) to (\d+) ", README.split("mean of steps")[1].split("\n")[0])
+    ]
+    lines = re.findall(r"^\| (?:emulation minus kernels, )?seed (\d) ((?:\| \S+ )+)\|$", README, re.M)
+    assert (len(ranges), [seed for seed, _ in lines]) == (4, ["0", "1", "2"])
+    file = ROOT / "recipes/gpt2/results/kernels.csv"
+    runs, curves = {(r.method, r.seed): r for r in read(file)}, read_curves(file)
+    for seed, cells in lines:
+        kernels, emulated = (runs[method, int(seed)] for method in ("slope r=0", "emulated r=0"))
+        found = [mean_drift(curves[kernels.run], curves[emulated.run], *steps) for steps in ranges]
+        found.append(emulated.val_loss - kernels.val_loss)
+        assert [float(cell) for cell in cells.split() if cell != "|"] == pytest.approx(found, abs=6e-5)
+    file = ROOT / "recipes/gpt2/results/novels.csv"
+    own, curves = [r for r in read(file) if r.rate == 1.8e-3 and "size" not in r.settings], read_curves(file)
+    pairs = [[r.run for r in own if r.seed == s and r.method in ("slope r=0", "slope r=16")] for s in range(5)]
+    largest = [max(abs(mean_drift(curves[a], curves[b], *steps)) for a, b in pairs) for steps in ranges]
+    row = re.search(r"^\| kernels minus the same kernels, largest of five pairs \| (.*) \| \|$", README, re.M)
+    assert row is not None
+    assert [float(cell) for cell in row[1].split(" | ")] == pytest.approx(largest, abs=6e-5)
+
+
+def test_a_lever_s_difference_is_that_of_its_row():
+    results = {round(r.val_loss, 4): r.val_loss for r in read(ROOT / "recipes/gpt2/results/levers.csv")}
+    without = next(r.val_loss for r in read(ROOT / "recipes/gpt2/results/levers.csv") if r.method == "transposable r=0")
+    lines = re.findall(r"\| (\d\.\d{4}) \| ([+-]\d\.\d{4}) \|$", README, re.M)
+    assert len(lines) == len(results) - 1
+    for loss, difference in lines:
+        assert float(difference) == pytest.approx(results[float(loss)] - without, abs=6e-5)
