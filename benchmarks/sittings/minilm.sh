@@ -4,11 +4,11 @@
 #
 #   bash benchmarks/sittings/minilm.sh COMMIT {masks|starts|recover|recovered|seeds|ranks} [MINUTES]
 #
-# masks    dense and every mask at three rates, one seed
+# masks    dense and every mask at three rates, one seed; needs the pack `bert`, as all stages do
 # starts   a teacher, a gradual start, both, at 2e-4, one seed; after masks, whose dense runs teach
-# recover  every mask on the novels (needs the pack `text`), also with adapters; checkpoints in /tmp/novels-STEPS
+# recover  every mask on the novels (needs the pack `text`, too), also with adapters; checkpoints in /tmp/novels-STEPS
 # recovered  GLUE and SQuAD from there, alone, with a teacher, with its hidden states; in the same session of the machine, after masks
-# seeds    of recovered starts at their best rates, seeds 0 to 2
+# seeds    of plain and recovered starts (or of STARTS="...", MASKS="...") at their best rates, seeds 0 to 2
 # ranks    after masks: best rates, adapters of rank 0, 4, 16, 24, seeds 0 to 2
 #
 # STEPS (3000) of a recovery. To see that it all runs: STEPS=3 RECOVER="--data.batch_size 4 --data.source FILE", TASKS=rte
@@ -24,6 +24,8 @@ for file in glue_minilm squad_minilm; do
   elif [ -f "recipes/bert_large/results/$file.csv" ]; then cp "recipes/bert_large/results/$file.csv" "$OUT/"
   fi
 done
+
+export SLOPE_SEARCH=0 # nearly every batch of GLUE has another number of tokens, and 14 runs would search at a time; no run is timed here
 
 run() { # log, GPU, module and arguments; begins nothing after the minutes, ends in time to keep what there is
   local left=$((585 - SECONDS))
@@ -46,7 +48,7 @@ recovered=/tmp/novels-${STEPS:=3000} # its name goes into the rows
 recover() { # GPU, name, arguments
   local runs=/tmp/minilm-recover/$2 weights
   weights=$($PY -c "from recipes.bert_large.glue_plan import minilm_folder; print(minilm_folder())")
-  OMP_NUM_THREADS=4 CUDA_VISIBLE_DEVICES=$1 timeout -k 20 580 $PY -m recipes.bert_large.pretrain fit --config recipes/bert_large/pretrain_recover.yaml \
+  SLOPE_SEARCH=1 OMP_NUM_THREADS=4 CUDA_VISIBLE_DEVICES=$1 timeout -k 20 580 $PY -m recipes.bert_large.pretrain fit --config recipes/bert_large/pretrain_recover.yaml \
     --data.source "$SLOPE_DATA_DIR/text/novels.txt.xz" --model.weights "$weights" --data.tokenizer "$weights" \
     --trainer.enable_progress_bar false --trainer.logger.init_args.save_dir "$runs" --data.num_workers 4 \
     --trainer.max_steps "$STEPS" --trainer.val_check_interval "$((STEPS / 3))" "${@:3}" ${RECOVER:-} > "$OUT/recover-$2.log" 2>&1 || return
@@ -54,7 +56,7 @@ recover() { # GPU, name, arguments
   cp "$(find "$runs" -name result-fit.json | tail -n 1)" "$OUT/recover-$2.json"
 }
 
-masks=(--masks magnitude wanda transposable)
+masks=(--masks ${MASKS:-magnitude wanda transposable})
 from=(--recovered "$recovered" --starts)
 stage() { # glue or squad
   local failed=0
@@ -67,7 +69,7 @@ stage() { # glue or squad
         --sparse-arguments "--model.teacher.hidden_weight 1" || failed=1
       $1 --methods sparse --masks magnitude --ranks 24 "${from[@]}" recovered --rates 1e-4 2e-4 || failed=1
       ;;
-    seeds) $1 "${masks[@]}" "${from[@]}" plain recovered teacher+recovered --best-rates --seeds 0 1 2 || failed=1 ;;
+    seeds) $1 "${masks[@]}" "${from[@]}" ${STARTS:-plain recovered teacher+recovered} --best-rates --seeds 0 1 2 ${SPARSE:+--sparse-arguments "$SPARSE"} || failed=1 ;;
     ranks) $1 "${masks[@]}" --ranks 0 4 16 24 --best-rates --seeds 0 1 2 || failed=1 ;;
   esac
   return $failed
