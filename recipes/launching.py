@@ -228,10 +228,15 @@ def _here(main: Callable[[list[str]], Any], arguments: list[str], stream: Any) -
             with contextlib.chdir(ROOT):
                 main(arguments)
             return 0
-        except (Exception, SystemExit) as error:
-            traceback.print_exc()
-            if isinstance(error, SystemExit) and error.code in _SIGNALLED:
+        except SystemExit as stop:
+            # What was wrong with a command line stands in the log already: a traceback would push it out of the log's end.
+            if stop.code in _SIGNALLED:
                 raise  # this process is to end, not to begin the next run
+            if isinstance(stop.code, str):
+                print(stop.code)
+            return 1
+        except Exception:
+            traceback.print_exc()
             return 1
         finally:
             # The next run begins with an empty device, and compiles anew: graphs hold on to the last run's model.

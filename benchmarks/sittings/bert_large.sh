@@ -24,11 +24,13 @@ finetune() { # GPU, sibling, methods and what else they take
   local weights
   weights=$(newest "phase2$2")
   local vocabulary=$SLOPE_DATA_DIR/tokenizers/bert-base-uncased-vocab.txt
-  local common=(--weights "$weights" --methods "${@:3}" --budget-minutes 8 --data.tokenizer "$vocabulary")
+  local common=(--weights "$weights" --methods "${@:3}" --budget-minutes 8 --data.tokenizer "$vocabulary") failed=0
+  # Side by side, three runs a GPU: batches of 4 leave it waiting.
   CUDA_VISIBLE_DEVICES=$1 timeout -k 20 580 $PY -m recipes.bert_large.glue_all --config glue_base.yaml --csv "$OUT/glue$2.csv" \
-    --runs "/tmp/bert/glue$2" --data "$SLOPE_DATA_DIR/glue" --tasks mrpc rte "${common[@]}" > "$OUT/glue$2.log" 2>&1 &&
-    CUDA_VISIBLE_DEVICES=$1 timeout -k 20 580 $PY -m recipes.bert_large.compare --config base.yaml --csv "$OUT/squad$2.csv" \
-    --runs "/tmp/bert/squad$2" --data "$SLOPE_DATA_DIR/squad" "${common[@]}" > "$OUT/squad$2.log" 2>&1
+    --runs "/tmp/bert/glue$2" --data "$SLOPE_DATA_DIR/glue" --tasks mrpc rte --jobs 2 "${common[@]}" > "$OUT/glue$2.log" 2>&1 &
+  CUDA_VISIBLE_DEVICES=$1 timeout -k 20 580 $PY -m recipes.bert_large.compare --config base.yaml --csv "$OUT/squad$2.csv" \
+    --runs "/tmp/bert/squad$2" --data "$SLOPE_DATA_DIR/squad" "${common[@]}" > "$OUT/squad$2.log" 2>&1 || failed=1
+  wait $! && return $failed
 }
 
 steps=(${3:+--trainer.max_steps "$3" --trainer.val_check_interval "$3"})

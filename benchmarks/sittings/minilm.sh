@@ -2,18 +2,22 @@
 # Rows of recipes/bert_large/results/{glue,squad}_minilm.csv: MiniLM on five tasks of GLUE (GPU 0) and on SQuAD (GPU 1).
 # Of SST-2 the first 8,600 rows, about as many as CoLA has.
 #
-#   bash benchmarks/sittings/minilm.sh COMMIT {masks|starts|recover|recovered|seeds|ranks} [MINUTES]
+#   bash benchmarks/sittings/minilm.sh COMMIT {masks|starts|recover|recovered|states|seeds|ranks} [MINUTES]
 #
 # masks    dense and every mask at three rates, one seed; needs the pack `bert`, as all stages do
 # starts   a teacher, a gradual start, both, at 2e-4, one seed; after masks, whose dense runs teach
 # recover  every mask on the novels (needs the pack `text`, too), also with adapters; checkpoints in /tmp/novels-STEPS
 # recovered  GLUE and SQuAD from there, alone, with a teacher, with its hidden states; in the same session of the machine, after masks
-# seeds    of plain and recovered starts (or of STARTS="...", MASKS="...") at their best rates, seeds 0 to 2
+# states   likewise: Wanda's masks, a teacher whose hidden states weigh more, labels and no labels, at two rates
+# seeds    of plain and recovered starts (or of STARTS="...", MASKS="...", SPARSE="arguments") at their best rates, seeds 0 to 2
 # ranks    after masks: best rates, adapters of rank 0, 4, 16, 24, seeds 0 to 2
 #
-# STEPS (3000) of a recovery. To see that it all runs: STEPS=3 RECOVER="--data.batch_size 4 --data.source FILE", TASKS=rte
-# GLUE="--data.max_train_rows 8 --data.max_dev_rows 8" SQUAD="--data.max_train_questions 2 --data.max_dev_questions 2", on a CPU
-# with --trainer.precision 32-true in both.
+# Each reads and leaves the rows so far in /tmp/minilm-rows.
+#
+# STEPS (3000) of a recovery, RECOVERIES="wanda magnitude-r24" of them. To see that it all runs, on a CPU: STEPS=3 TASKS=rte
+# RECOVER="--data.batch_size 4 --data.source FILE --trainer.precision 32-true"
+# GLUE="--data.max_train_rows 8 --data.max_dev_rows 8 --trainer.precision 32-true"
+# SQUAD="--data.max_train_questions 2 --data.max_dev_questions 2 --trainer.precision 32-true"
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 . benchmarks/sittings/enter.sh "${1:?commit}"
@@ -25,7 +29,7 @@ for file in glue_minilm squad_minilm; do
   fi
 done
 
-export SLOPE_SEARCH=0 # nearly every batch of GLUE has another number of tokens, and 14 runs would search at a time; no run is timed here
+export SLOPE_SEARCH=0 # 14 runs would look for the fastest algorithms at a time, each in the others' way; no run is timed here
 
 run() { # log, GPU, module and arguments; begins nothing after the minutes, ends in time to keep what there is
   local left=$((585 - SECONDS))
@@ -67,7 +71,14 @@ stage() { # glue or squad
       $1 "${masks[@]}" "${from[@]}" recovered teacher+recovered --rates 1e-4 2e-4 || failed=1
       $1 --methods sparse --masks magnitude wanda "${from[@]}" teacher+recovered --rates 1e-4 2e-4 \
         --sparse-arguments "--model.teacher.hidden_weight 1" || failed=1
-      $1 --methods sparse --masks magnitude --ranks 24 "${from[@]}" recovered --rates 1e-4 2e-4 || failed=1
+      $1 --methods sparse --masks wanda --ranks 24 "${from[@]}" recovered --rates 1e-4 2e-4 || failed=1
+      ;;
+    states)
+      local rates=(1e-4 2e-4)
+      [ "$1" = glue ] || rates=(2e-4 4e-4)
+      $1 --methods sparse --masks wanda "${from[@]}" teacher+recovered --rates "${rates[@]}" --sparse-arguments \
+        "--model.teacher.hidden_weight 4" "--model.teacher.hidden_weight 16" "--model.teacher.hidden_weight 64" \
+        "--model.teacher.weight 1 --model.teacher.hidden_weight 4" "--model.teacher.weight 1 --model.teacher.hidden_weight 16" || failed=1
       ;;
     seeds) $1 "${masks[@]}" "${from[@]}" ${STARTS:-plain recovered teacher+recovered} --best-rates --seeds 0 1 2 ${SPARSE:+--sparse-arguments "$SPARSE"} || failed=1 ;;
     ranks) $1 "${masks[@]}" --ranks 0 4 16 24 --best-rates --seeds 0 1 2 || failed=1 ;;
@@ -75,20 +86,24 @@ stage() { # glue or squad
   return $failed
 }
 
-stage=${2:?masks, starts, recover, recovered, seeds or ranks}
+stage=${2:?masks, starts, recover, recovered, states, seeds or ranks}
 case $stage in
   recover)
     mkdir -p "$recovered"
-    recover 0 magnitude &
-    recover 1 wanda --model.slope.mask_calibration_batches 16 &
-    recover 0 transposable --model.slope.mask transposable &
-    recover 1 magnitude-r24 --model.slope.adapter_rank 24 --model.slope.adapter_start_step 0 &
+    gpu=0
+    for name in ${RECOVERIES:-magnitude wanda transposable wanda-r24}; do
+      options=()
+      case $name in wanda*) options+=(--model.slope.mask_calibration_batches 16) ;; transposable*) options+=(--model.slope.mask transposable) ;; esac
+      case $name in *-r*) options+=(--model.slope.adapter_rank "${name##*-r}" --model.slope.adapter_start_step 0) ;; esac
+      recover "$gpu" "$name" "${options[@]}" &
+      gpu=$((1 - gpu))
+    done
     ;;
-  masks | starts | recovered | seeds | ranks)
+  masks | starts | recovered | states | seeds | ranks)
     stage glue &
     stage squad &
     ;;
-  *) echo "$stage: masks, starts, recover, recovered, seeds or ranks is expected" >&2; exit 2 ;;
+  *) echo "$stage: masks, starts, recover, recovered, states, seeds or ranks is expected" >&2; exit 2 ;;
 esac
 status=0
 for job in $(jobs -p); do wait "$job" || status=1; done

@@ -103,7 +103,8 @@ def add_options(parser: argparse.ArgumentParser, rates: str, sweep: str) -> None
         help="checkpoints that recovered starts begin from: MASK-rRANK.ckpt or MASK.ckpt",
     )
     add("--fade", type=float, help=f"share of the first stage's steps in a gradual start (default: {FADE:g})")
-    add("--sparse-arguments", default="", metavar="'ARGUMENTS'", help="for the sparse runs alone")
+    add("--sparse-arguments", nargs="+", default=[""], metavar="'ARGUMENTS'",
+        help="for the sparse runs alone; each makes runs of its own, '' is none")  # fmt: skip
     add("--rates", nargs="+", type=float, help=f"peak learning rates; default: {rates}")
     add("--sweep", action="store_true", help=f"instead of --rates: {sweep}")
     add("--best-rates", action="store_true",
@@ -148,8 +149,10 @@ def runs(
     methods = [("dense", "none", 0, "plain", "")] if "dense" in options.methods else []
     if "sparse" in options.methods:
         methods += [
-            ("sparse", mask, rank, start, options.sparse_arguments)
-            for mask, rank, start in itertools.product(options.masks, options.ranks, options.starts)
+            ("sparse", mask, rank, start, own)
+            for mask, rank, start, own in itertools.product(
+                options.masks, options.ranks, options.starts, options.sparse_arguments
+            )
             if rank or "early" not in start.split("+")
         ]
     if wrong := [rate for rate in rates if not 0 < rate < 1]:

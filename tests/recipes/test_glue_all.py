@@ -168,6 +168,22 @@ def test_the_end_of_a_failed_runs_log_is_shown(alone, tmp_path, capsys):
     assert not read(tmp_path / "results.csv") if (tmp_path / "results.csv").exists() else True
 
 
+def test_a_wrong_option_is_what_the_end_of_the_log_says(alone, tmp_path, capsys):
+    assert go(tmp_path, "--tasks", "rte", "--methods", "dense", "--model.warm_up", "0.2") == 1
+    said = capsys.readouterr().out
+    assert "warm_up" in said.partition("the end of")[2].partition("1 runs failed")[0]
+    assert "Traceback" not in said
+
+
+def test_arguments_of_the_sparse_runs_make_runs_of_their_own(alone, tmp_path, capsys):
+    own = ["--sparse-arguments", "", "--model.slope.adapter_start 0.5", "--model.slope.adapter_start 0"]
+    assert go(tmp_path, "--tasks", "rte", "cola", "--ranks", "4", "--rates", "1e-3", "2e-3", *own, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "16 runs, 0 of them done" in said  # the dense ones are alone
+    assert said.count("rte, 2:4 magnitude, r = 4, rate") == 2
+    assert said.count("cola, 2:4 magnitude, r = 4, --model.slope.adapter_start 0.5, rate") == 2
+
+
 def test_a_run_as_a_process_of_its_own(alone, tmp_path):
     options = ["--config", "glue_sample.yaml", "--runs", str(tmp_path), "--tasks", "wnli", "--methods", "sparse"]
     options += ["--masks", "transposable", "--ranks", "4", "--sparse-arguments", "--model.slope.adapter_start 0.5"]
