@@ -19,7 +19,7 @@ from pathlib import Path
 
 from recipes.bert_large import comparison
 from recipes.bert_large.glue_plan import minilm_folder
-from recipes.bert_large.glue_report import best_rates, rank_gains, spread
+from recipes.bert_large.glue_report import best_rates, paired, rank_gains, spread, start_gains
 from recipes.bert_large.ledger import Result, read
 from recipes.bert_large.methods import Place
 from recipes.children import answering_signals
@@ -108,7 +108,7 @@ def report(results: Sequence[Result]) -> str:
     parts = []
     for settings in every:
         own = [r for r in results if r.settings == settings]
-        parts += [settings, _table(own), *filter(None, [rank_gains(own, ["squad"])])]
+        parts += [settings, _table(own), *filter(None, [start_gains(own, ["squad"]), rank_gains(own, ["squad"])])]
     return "\n\n".join(parts)
 
 
@@ -116,14 +116,15 @@ def _table(results: Sequence[Result]) -> str:
     columns = "method | rate | seeds | EM | F1 | to dense | F1 at every rate tried"
     lines = [f"| {columns} |", "|" + "---|" * (columns.count("|") + 1)]
     best = {label: rate for (_, _, label), rate in best_rates(results).items()}
-    dense = [r.f1 for r in results if r.label == "dense" and r.rate == best["dense"]]
+    dense = {r.seed: r.f1 for r in results if r.label == "dense" and r.rate == best["dense"]}
     for label in sorted(best, key=lambda label: (label != "dense", label)):
         own = [r for r in results if r.label == label]
         at_best = [r for r in own if r.rate == best[label]]
         tried = sorted({r.rate for r in own})
         others = ", ".join(f"{r:g}: {statistics.mean(x.f1 for x in own if x.rate == r):.2f}" for r in tried)
         em, f1 = (spread([getattr(r, key) for r in at_best]) for key in ("exact_match", "f1"))
-        to_dense = f"{statistics.mean(r.f1 for r in at_best) - statistics.mean(dense):+.2f}" if dense else "-"
+        difference = paired({r.seed: r.f1 for r in at_best}, dense)
+        to_dense = "-" if difference is None else f"{difference:+.2f}"
         lines.append(f"| {label} | {best[label]:g} | {len(at_best)} | {em} | {f1} | {to_dense} | {others} |")
     return "\n".join(lines)
 

@@ -1,10 +1,11 @@
 """The Markdown table of a GLUE comparison beside the published one, over the same tasks."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from recipes.bert_large.ledger import Result
+from recipes.bert_large.methods import STARTS, Run
 from slope_pl.data.glue_tasks import TASKS
 
 # SLoPe, BERT-Large on GLUE, by task (slope-method.md, 10.9): Matthews, accuracy, F1, not stated, F1, accuracy x 3.
@@ -36,7 +37,10 @@ def best_rates(results: Sequence[Result]) -> dict[tuple[str, str, str], float]:
 
 
 def report(results: Sequence[Result]) -> str:
-    """A table for each set of settings, then the published one; methods at their own best rate for each task."""
+    """A table for each set of settings, then the published one; methods at their own best rate for each task.
+
+    Differences to dense are over the seeds that both have.
+    """
     if not results:
         return "No results yet."
     tasks = [task for task in TASKS if any(r.task == task for r in results)]
@@ -45,7 +49,7 @@ def report(results: Sequence[Result]) -> str:
     for settings in dict.fromkeys(r.settings for r in results):
         own = [r for r in results if r.settings == settings]
         parts.append(f"{settings}\n\n{_table(own, tasks, compared)}\n\n{_rates(own)}")
-        parts += filter(None, [rank_gains(own, tasks, compared)])
+        parts += filter(None, [start_gains(own, tasks, compared), rank_gains(own, tasks, compared)])
     if compared and not all(r.settings.startswith("glue_sample.yaml") for r in results):
         left_out = [task for task in PUBLISHED_TASKS if task not in compared]
         note = f", without {', '.join(left_out)}, which are not above" if left_out else ""
@@ -56,21 +60,23 @@ def report(results: Sequence[Result]) -> str:
 def _table(results: Sequence[Result], tasks: Sequence[str], compared: Sequence[str]) -> str:
     best = best_rates(results)
     lines = _header(tasks, compared, "seeds | ")
-    means: dict[str, float] = {}
+    dense: dict[str, dict[int, float]] = {}
     for label in sorted({r.label for r in results}, key=lambda label: (label != "dense", label)):
         own = [r for r in results if r.label == label and r.rate == best[r.settings, r.task, label]]
         by_task = {task: {r.seed: r.published for r in own if r.task == task} for task in tasks}
-        seeds = sorted({len(values) for values in by_task.values() if values})
         mean = difference = "-"
         if compared and all(by_task[task] for task in compared):
-            means[label] = statistics.mean(statistics.mean(by_task[task].values()) for task in compared)
+            score = statistics.mean(statistics.mean(by_task[task].values()) for task in compared)
+            dense = by_task if label == "dense" else dense
             common = set.intersection(*(set(by_task[task]) for task in compared))
             # The spread of the average: of the averages that each seed gives.
             averages = [statistics.mean(by_task[task][seed] for task in compared) for seed in sorted(common)]
-            mean = f"**{means[label]:.2f}**" + (f" ± {statistics.stdev(averages):.2f}" if len(averages) > 1 else "")
-            difference = f"{means[label] - means['dense']:+.2f}" if "dense" in means else "-"
+            mean = f"**{score:.2f}**" + (f" ± {statistics.stdev(averages):.2f}" if len(averages) > 1 else "")
+            pairs = [paired(by_task[task], dense.get(task, {})) for task in compared]
+            known = [pair for pair in pairs if pair is not None]
+            difference = f"{statistics.mean(known):+.2f}" if len(known) == len(pairs) else "-"
         cells = [spread(list(values.values())) for values in by_task.values()]
-        count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+        count = _count(len(values) for values in by_task.values() if values)
         lines.append(f"| {label} | {count} | {' | '.join(cells)} | {mean} | {difference} |")
     return "\n".join(lines)
 
@@ -100,39 +106,87 @@ def _metric(task: str) -> str:
 
 
 def rank_gains(results: Sequence[Result], tasks: Sequence[str], averaged: Sequence[str] = ()) -> str:
-    """Ranks against gain: what adapters add to the same method without them, each at its own best rate.
+    """Ranks against gain: what adapters add to the same method without them; see :func:`_gains`."""
+    title = "Ranks against gain, points over the same method at r = 0:"
+    return _gains(title, results, tasks, averaged, _without_adapters)
+
+
+def start_gains(results: Sequence[Result], tasks: Sequence[str], averaged: Sequence[str] = ()) -> str:
+    """What a start adds to the same one without its arguments, or without the first of its parts; see :func:`_gains`."""
+    title = "What each start adds, points over the same method with one part less:"
+    return _gains(title, results, tasks, averaged, _one_part_less)
+
+
+def _without_adapters(run: Run) -> Run | None:
+    return replace(run, rank=0, start=run.without("early")) if run.rank else None
+
+
+def _one_part_less(run: Run) -> Run | None:
+    if run.method != "sparse":
+        return None
+    if run.arguments:
+        return replace(run, arguments="")
+    last = next((part for part in STARTS if part in run.starts), None)
+    return None if last is None else replace(run, start=run.without(last))
+
+
+def _gains(
+    title: str,
+    results: Sequence[Result],
+    tasks: Sequence[str],
+    averaged: Sequence[str],
+    base_of: Callable[[Run], Run | None],
+) -> str:
+    """A table of differences to another method, each at its own best rate, over the seeds that both have.
 
     Args:
+        title: a line before it.
         results: of one set of settings.
         tasks: the columns.
         averaged: those of the last column, a mean, as far as all methods of the table were run on them; none: no such column.
+        base_of: what a run is compared with; None for one that is not.
 
     Returns:
-        A Markdown table, or "" where no method has runs with adapters and without.
+        Markdown, or "" where there is nothing to compare.
     """
     best = best_rates(results)
-    found: dict[tuple[str, str], list[float]] = {}
+    found: dict[tuple[str, str], dict[int, float]] = {}
     for r in results:
         if r.rate == best[r.settings, r.task, r.label]:
-            found.setdefault((r.label, r.task), []).append(r.published)
-    means = {key: statistics.mean(values) for key, values in found.items()}
-    rows: dict[tuple[str, int, str], dict[str, float]] = {}
+            found.setdefault((r.label, r.task), {})[r.seed] = r.published
+    rows: dict[tuple[str, int, str], dict[str, tuple[float, int]]] = {}
     for r in results:
-        base = replace(r.run, rank=0, start=r.without("early"))
-        if r.rank and (base.label, r.task) in means:
-            gain = means[r.label, r.task] - means[base.label, r.task]
-            rows.setdefault((base.label, r.rank, r.label), {})[r.task] = gain
+        base = base_of(r.run)
+        if base is None:
+            continue
+        own, theirs = found[r.label, r.task], found.get((base.label, r.task), {})
+        gain = paired(own, theirs)
+        if gain is not None:
+            rows.setdefault((base.label, r.rank, r.label), {})[r.task] = gain, len(own.keys() & theirs.keys())
     if not rows:
         return ""
-    common = [task for task in averaged if all(task in gains for gains in rows.values())]
+    shared = [task for task in averaged if all(task in gains for gains in rows.values())]
     names = ["SQuAD (F1)" if task == "squad" else f"{TASKS[task].folder} ({_metric(task)})" for task in tasks]
-    columns = " | ".join(["method", *names, *([f"mean of {len(common)}"] if common else [])])
+    columns = " | ".join(["method", "seeds", *names, *([f"mean of {len(shared)}"] if shared else [])])
     lines = [f"| {columns} |", "|" + "---|" * (columns.count("|") + 1)]
     for (_, _, label), gains in sorted(rows.items()):
-        cells = [f"{gains[task]:+.2f}" if task in gains else "-" for task in tasks]
-        cells += [f"{statistics.mean(gains[task] for task in common):+.2f}"] if common else []
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "Ranks against gain, points over the same method at r = 0:\n\n" + "\n".join(lines)
+        cells = [f"{gains[task][0]:+.2f}" if task in gains else "-" for task in tasks]
+        cells += [f"{statistics.mean(gains[task][0] for task in shared):+.2f}"] if shared else []
+        seeds = _count(count for _, count in gains.values())
+        lines.append(f"| {label} | {seeds} | {' | '.join(cells)} |")
+    return f"{title}\n\n" + "\n".join(lines)
+
+
+def paired(own: Mapping[int, float], others: Mapping[int, float]) -> float | None:
+    """Mean difference of scores by seed, over the seeds that both have; None if there is none."""
+    common = own.keys() & others.keys()
+    return statistics.mean(own[seed] - others[seed] for seed in common) if common else None
+
+
+def _count(numbers: Iterable[int]) -> str:
+    """Of seeds, in a cell."""
+    low, *_, high = sorted([*numbers] * 2)
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def _rates(results: Sequence[Result]) -> str:

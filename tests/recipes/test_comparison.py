@@ -325,6 +325,7 @@ def test_squad_is_compared_by_the_same_runner(tmp_path, capsys):
     assert results[-1].steps_before == results[-1].steps > 0
     assert "| 2:4 wanda, r = 0, teacher + gradual | 0.0002 | 1 |" in capsys.readouterr().out
     adapted = replace(results[1], rank=16, f1=results[1].f1 + 2)
-    assert "at r = 0:\n\n| method | SQuAD (F1) |\n|---|---|\n| 2:4 wanda, r = 16 | +2.00 |" in compare.report(
-        [*results, adapted]
+    assert (
+        "at r = 0:\n\n| method | seeds | SQuAD (F1) |\n|---|---|---|\n| 2:4 wanda, r = 16 | 1 | +2.00 |"
+        in compare.report([*results, adapted])
     )

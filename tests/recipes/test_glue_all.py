@@ -314,14 +314,52 @@ def test_ranks_against_gain():
         replace(result("rte", "sparse", rank=16, score=60.0), mask="wanda"),  # never run without
     ]
     text = report([result("rte"), *plain, *awake])
-    assert "at r = 0:\n\n| method | CoLA (Matthews) | RTE (acc.) | WNLI (acc.) | mean of 1 |\n" in text
-    assert "| 2:4 magnitude, r = 4 | +1.00 | +2.00 | +30.00 | +2.00 |\n" in text
-    assert "| 2:4 magnitude, r = 16, early + teacher | - | +5.00 | - | +5.00 |" in text
+    assert "at r = 0:\n\n| method | seeds | CoLA (Matthews) | RTE (acc.) | WNLI (acc.) | mean of 1 |\n" in text
+    assert "| 2:4 magnitude, r = 4 | 1 | +1.00 | +2.00 | +30.00 | +2.00 |\n" in text
+    assert "| 2:4 magnitude, r = 16, early + teacher | 1 | - | +5.00 | - | +5.00 |" in text
     assert text.count("wanda, r = 16") == 1
-    assert "mean of 2 |\n|---|---|---|---|---|\n| 2:4 magnitude, r = 4 | +1.00 | +2.00 | +30.00 | +1.50 |" in report(
-        [*plain, *awake[:3]]
+    assert (
+        "mean of 2 |\n|---|---|---|---|---|---|\n| 2:4 magnitude, r = 4 | 1 | +1.00 | +2.00 | +30.00 | +1.50 |"
+        in report([*plain, *awake[:3]])
     )
     assert "Ranks against gain" not in report([result("rte"), *plain])
+
+
+def test_what_each_start_adds():
+    """Over the same method without its arguments, or without one part; dense and plain runs start from nothing more."""
+
+    def run(start, score, seed=0, arguments="", rank=0):
+        return replace(result("rte", "sparse", rank=rank, seed=seed, score=score), start=start, arguments=arguments)
+
+    rows = [
+        result("rte", score=70.0),
+        run("plain", 50.0),
+        run("recovered=a", 56.0),
+        run("teacher+recovered=a", 57.0),
+        run("teacher+recovered=a", 63.0, arguments="--x 1"),
+        run("gradual=0.3", 51.0),
+        run("teacher+gradual=0.3", 53.5),
+        run("teacher", 40.0, rank=4),  # never run plain at this rank
+    ]
+    found = report(rows).partition("one part less:")[2].partition("Ranks against gain")[0]
+    assert [line for line in found.splitlines() if line.startswith("| 2:4")] == [
+        "| 2:4 magnitude, r = 0, gradual=0.3 | 1 | +1.00 | +1.00 |",
+        "| 2:4 magnitude, r = 0, recovered=a | 1 | +6.00 | +6.00 |",
+        "| 2:4 magnitude, r = 0, teacher + gradual=0.3 | 1 | +2.50 | +2.50 |",
+        "| 2:4 magnitude, r = 0, teacher + recovered=a | 1 | +1.00 | +1.00 |",
+        "| 2:4 magnitude, r = 0, teacher + recovered=a, --x 1 | 1 | +6.00 | +6.00 |",
+    ]
+    assert "one part less" not in report(rows[:2])
+
+
+def test_differences_are_of_the_seeds_that_both_have():
+    dense = [result("rte", seed=seed, score=score) for seed, score in ((0, 60.0), (1, 70.0), (2, 80.0))]
+    sparse = [result("rte", "sparse", seed=seed, score=score) for seed, score in ((1, 69.0), (2, 77.0), (3, 10.0))]
+    text = report([*dense, *sparse[:2]])
+    assert (
+        "| 2:4 magnitude, r = 0 | 2 | 73.00 ± 5.66 | **73.00** ± 5.66 | -2.00 |" in text
+    )  # not +3: seed 0 is dense's alone
+    assert "| 10.00 | **10.00** | - |" in report([*dense, sparse[2]])
 
 
 def test_table_says_which_rates_were_tried():

@@ -94,7 +94,8 @@ def test_runner_command_plans_runs(line, monkeypatch, tmp_path, capsys):
     recovered.mkdir()
     for mask in ("magnitude", "wanda"):
         (recovered / f"{mask}.ckpt").touch()
-    places = {"FOLDER": str(ROOT / "data/sample"), "WEIGHTS": str(tmp_path), "RECOVERED": str(recovered)}
+    folder = write_sample(tmp_path / "glue") if runner is glue_all else ROOT / "data/sample"
+    places = {"FOLDER": str(folder), "WEIGHTS": str(tmp_path), "RECOVERED": str(recovered)}
     given = [places.get(word, word) for word in shlex.split(line)[3:]]
     monkeypatch.chdir(tmp_path if "--report" not in given else ROOT)
     monkeypatch.setattr(glue_plan, "minilm_folder", lambda: str(tmp_path))
@@ -103,19 +104,6 @@ def test_runner_command_plans_runs(line, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(comparison, "_best", lambda *arguments: 1e-4)
     assert runner.main([*given, *([] if "--report" in given else ["--dry-run"])]) == 0
     assert re.search(r"\d+ runs, 0 of them done|\| dense \|", capsys.readouterr().out)
-
-
-def test_compare_reports_the_table_of_the_readme(monkeypatch, capsys):
-    (line,) = [line for line in commands("python -m recipes.bert_large.compare") if "--report" in line]
-    monkeypatch.chdir(ROOT)
-    assert compare.main(shlex.split(line)[3:]) == 0
-    _, table, title, gains = capsys.readouterr().out.strip().split("\n\n")
-    assert f"{title}\n\n{gains}\n" in (ROOT / "recipes/bert_large/README.md").read_text()
-    assert len(table.splitlines()) == 6
-    assert table in (ROOT / "recipes/bert_large/README.md").read_text()
-    for row in table.splitlines()[2:]:
-        scores = re.search(r"\| (\d\d\.\d\d ± \d\.\d\d) \| (\d\d\.\d\d ± \d\.\d\d) \|", row)
-        assert f"| {scores[1]} | {scores[2]} |" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,0 +1,78 @@
+"""The numbers of MiniLM in the READMEs are those of the CSV files beside them."""
+
+import csv
+import statistics
+from pathlib import Path
+
+import pytest
+
+from recipes.bert_large import compare
+from recipes.bert_large.glue_report import best_rates, published, report
+from recipes.bert_large.ledger import Result, read
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "recipes/bert_large/results"
+README = (ROOT / "recipes/bert_large/README.md").read_text(encoding="utf-8")
+GLUE = ["cola", "sst2", "mrpc", "stsb", "rte"]
+
+
+def tables(text: str) -> list[str]:
+    blocks = [block.strip() for block in text.split("\n\n")]
+    return [block for block in blocks if block.startswith("|")]
+
+
+@pytest.mark.parametrize("name", ["glue_minilm", "squad_minilm", "squad_minilm_h200"])
+def test_tables_are_those_of_the_report(name):
+    results = read(RESULTS / f"{name}.csv")
+    found = tables((report if "glue" in name else compare.report)(results))
+    assert len(found) >= 2
+    missing = [
+        table for table in found if table not in README and not (name.endswith("h200") and "seeds | SQuAD" in table)
+    ]
+    assert missing == []
+
+
+def test_the_published_table_is_of_the_same_tasks():
+    assert published(GLUE, GLUE) in README
+
+
+def test_recoveries():
+    with (RESULTS / "recovery_minilm.csv").open(encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 4
+    names = {"wanda": "Wanda"}
+    for row in rows:
+        mask = names.get(row["mask"], row["mask"])
+        what = f"{mask}, adapters of rank {row['rank']} awake" if row["rank"] != "0" else mask
+        numbers = (
+            f"{float(row['missed']):.4f} | {float(row['seconds']):.0f} | {round(int(row['tokens_per_second']), -3):,}"
+        )
+        assert f"| {what} | {numbers} | {int(row['peak_bytes']) / 2**30:.2f} |" in README
+        assert int(row["tokens"]) == int(row["steps"]) * 256 * 128
+
+
+def of_seed_0(name: str) -> dict[str, float]:
+    """The mean over tasks of each method at its best rate."""
+    rows = [result for result in read(RESULTS / f"{name}.csv") if result.seed == 0]
+    best = best_rates(rows)
+    scores: dict[str, list[Result]] = {}
+    for row in rows:
+        if row.rate == best[row.settings, row.task, row.label]:
+            scores.setdefault(row.label, []).append(row)
+    return {label: statistics.mean(r.published for r in found) for label, found in scores.items()}
+
+
+def test_the_first_readme_shows_what_each_step_gives():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    glue, squad = of_seed_0("glue_minilm"), of_seed_0("squad_minilm")
+    steps = {
+        "2:4, cut in one go": "",
+        "+ [recovery on plain text](recipes/bert_large/README.md#from-a-dense-pretrained-model)": ", recovered=novels-3000",
+        "+ a dense teacher's outputs": ", teacher + recovered=novels-3000",
+        "+ its hidden states": ", teacher + recovered=novels-3000, --model.teacher.hidden_weight 1",
+    }
+    assert f"| dense | {glue['dense']:.2f} | | {squad['dense']:.2f} | |" in readme
+    for words, start in steps.items():
+        label = f"2:4 wanda, r = 0{start}"
+        cells = [cell for own in (glue, squad) for cell in (f"{own[label]:.2f}", f"{own[label] - own['dense']:+.2f}")]
+        assert f"| {words} | {' | '.join(cells)} |" in readme.replace("**", "")
