@@ -3,7 +3,8 @@
 #
 #   bash benchmarks/sittings/bert_large.sh COMMIT {phase1|phase2|finetune} [STEPS]
 #
-# One session of the machine: checkpoints lie below /tmp/bert. STEPS cuts a phase short, to see that it runs.
+# One session of the machine: checkpoints lie below /tmp/bert. A phase is sent SIGTERM after HALT (150) seconds and resumed from what
+# it saved then. STEPS cuts a phase short, to see that it runs; PRETRAIN and FINETUNE="arguments" are for all runs.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 . benchmarks/sittings/enter.sh "${1:?commit}"
@@ -11,20 +12,24 @@ stage=${2:?phase1, phase2 or finetune}
 
 newest() { find "/tmp/bert/$1" -name '*.ckpt' -printf '%T@ %p\n' | sort -n | tail -n 1 | cut -d' ' -f2-; }
 
-pretrain() { # GPU, sibling, phase, arguments
-  OMP_NUM_THREADS=8 CUDA_VISIBLE_DEVICES=$1 timeout -k 20 570 $PY -m recipes.bert_large.pretrain fit \
-    --config "recipes/bert_large/pretrain_phase$3_novels$2.yaml" --data.source "$SLOPE_DATA_DIR/text/novels.txt.xz" \
+fit() { # seconds, GPU, sibling, phase, arguments
+  OMP_NUM_THREADS=8 CUDA_VISIBLE_DEVICES=$2 timeout -k 60 "$1" $PY -m recipes.bert_large.pretrain fit \
+    --config "recipes/bert_large/pretrain_phase$4_novels$3.yaml" --data.source "$SLOPE_DATA_DIR/text/novels.txt.xz" \
     --data.tokenizer "$SLOPE_DATA_DIR/tokenizers/bert-base-uncased-vocab.txt" --trainer.enable_progress_bar false \
-    --trainer.logger.init_args.save_dir "/tmp/bert/phase$3$2" "${@:4}" > "$OUT/phase$3$2.log" 2>&1 || return
-  cp "$(find "/tmp/bert/phase$3$2" -name result-fit.json | tail -n 1)" "$OUT/phase$3$2.json" &&
-    cp "$(find "/tmp/bert/phase$3$2" -name 'events.out.*' | tail -n 1)" "$OUT/phase$3$2.tfevents"
+    --trainer.logger.init_args.save_dir "/tmp/bert/phase$4$3" --resume auto "${@:5}" ${PRETRAIN:-}
+}
+
+pretrain() { # GPU, sibling, phase, arguments
+  fit "${HALT:-150}" "$@" > "$OUT/phase$3$2-halted.log" 2>&1
+  fit $((575 - SECONDS)) "$@" > "$OUT/phase$3$2.log" 2>&1 || return
+  tar -czf "$OUT/phase$3$2.tgz" --exclude '*.ckpt*' -C "/tmp/bert/phase$3$2" .
 }
 
 finetune() { # GPU, sibling, methods and what else they take
   local weights
   weights=$(newest "phase2$2")
   local vocabulary=$SLOPE_DATA_DIR/tokenizers/bert-base-uncased-vocab.txt
-  local common=(--weights "$weights" --methods "${@:3}" --budget-minutes 8 --data.tokenizer "$vocabulary") failed=0
+  local common=(--weights "$weights" --methods "${@:3}" --budget-minutes 8 --data.tokenizer "$vocabulary" ${FINETUNE:-}) failed=0
   # Side by side, three runs a GPU: batches of 4 leave it waiting.
   CUDA_VISIBLE_DEVICES=$1 timeout -k 20 580 $PY -m recipes.bert_large.glue_all --config glue_base.yaml --csv "$OUT/glue$2.csv" \
     --runs "/tmp/bert/glue$2" --data "$SLOPE_DATA_DIR/glue" --tasks mrpc rte --jobs 2 "${common[@]}" > "$OUT/glue$2.log" 2>&1 &
