@@ -126,8 +126,8 @@ def _one_part_less(run: Run) -> Run | None:
         return None
     if run.arguments:
         return replace(run, arguments="")
-    last = next((part for part in STARTS if part in run.starts), None)
-    return None if last is None else replace(run, start=run.without(last))
+    part = next((part for part in STARTS if part in run.starts), None)
+    return None if part is None else replace(run, start=run.without(part))
 
 
 def _gains(
@@ -185,7 +185,8 @@ def paired(own: Mapping[int, float], others: Mapping[int, float]) -> float | Non
 
 def _count(numbers: Iterable[int]) -> str:
     """Of seeds, in a cell."""
-    low, *_, high = sorted([*numbers] * 2)
+    counts = list(numbers)
+    low, high = min(counts), max(counts)
     return f"{low}" if low == high else f"{low} to {high}"
 
 
