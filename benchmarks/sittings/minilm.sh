@@ -63,19 +63,18 @@ recover() { # GPU, name, arguments
 masks=(--masks ${MASKS:-magnitude wanda transposable})
 from=(--recovered "$recovered" --starts)
 stage() { # glue or squad
-  local failed=0
+  local failed=0 rates=(1e-4 2e-4) # of recovered starts
+  [ "$1" = glue ] || rates=(2e-4 4e-4)
   case $stage in
     masks) $1 "${masks[@]}" --rates 1e-4 2e-4 4e-4 || failed=1 ;;
     starts) $1 "${masks[@]}" --starts teacher gradual teacher+gradual --rates 2e-4 || failed=1 ;;
     recovered)
-      $1 "${masks[@]}" "${from[@]}" recovered teacher+recovered --rates 1e-4 2e-4 || failed=1
-      $1 --methods sparse --masks magnitude wanda "${from[@]}" teacher+recovered --rates 1e-4 2e-4 \
+      $1 "${masks[@]}" "${from[@]}" recovered teacher+recovered --rates "${rates[@]}" || failed=1
+      $1 --methods sparse --masks magnitude wanda "${from[@]}" teacher+recovered --rates "${rates[@]}" \
         --sparse-arguments "--model.teacher.hidden_weight 1" || failed=1
-      $1 --methods sparse --masks wanda --ranks 24 "${from[@]}" recovered --rates 1e-4 2e-4 || failed=1
+      $1 --methods sparse --masks wanda --ranks 24 "${from[@]}" recovered --rates "${rates[@]}" || failed=1
       ;;
     states)
-      local rates=(1e-4 2e-4)
-      [ "$1" = glue ] || rates=(2e-4 4e-4)
       $1 --methods sparse --masks wanda "${from[@]}" teacher+recovered --rates "${rates[@]}" --sparse-arguments \
         "--model.teacher.hidden_weight 4" "--model.teacher.hidden_weight 16" "--model.teacher.hidden_weight 64" \
         "--model.teacher.weight 1 --model.teacher.hidden_weight 4" "--model.teacher.weight 1 --model.teacher.hidden_weight 16" || failed=1
