@@ -20,8 +20,10 @@ fit() { # seconds, GPU, sibling, phase, arguments
 }
 
 pretrain() { # GPU, sibling, phase, arguments
-  fit "${HALT:-150}" "$@" > "$OUT/phase$3$2-halted.log" 2>&1
-  fit $((575 - SECONDS)) "$@" > "$OUT/phase$3$2.log" 2>&1 || return
+  local log="$OUT/phase$3$2.log" status=0
+  fit "${HALT:-150}" "$@" > "$log" 2>&1 || status=$?
+  [ $status -ne 124 ] || { status=0; fit $((575 - SECONDS)) "$@" >> "$log" 2>&1 || status=$?; } # 124: it was halted, and saved
+  [ $status -eq 0 ] || return $status
   tar -czf "$OUT/phase$3$2.tgz" --exclude '*.ckpt*' -C "/tmp/bert/phase$3$2" .
 }
 

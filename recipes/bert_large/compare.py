@@ -19,7 +19,7 @@ from pathlib import Path
 
 from recipes.bert_large import comparison
 from recipes.bert_large.glue_plan import minilm_folder
-from recipes.bert_large.glue_report import best_rates, paired, rank_gains, spread, start_gains
+from recipes.bert_large.glue_report import best_rates, dense_first, paired, rank_gains, spread, start_gains
 from recipes.bert_large.ledger import Result, read
 from recipes.bert_large.methods import Place
 from recipes.children import answering_signals
@@ -117,7 +117,7 @@ def _table(results: Sequence[Result]) -> str:
     lines = [f"| {columns} |", "|" + "---|" * (columns.count("|") + 1)]
     best = {label: rate for (_, _, label), rate in best_rates(results).items()}
     dense = {r.seed: r.f1 for r in results if r.label == "dense" and r.rate == best["dense"]}
-    for label in sorted(best, key=lambda label: (label != "dense", label)):
+    for label in sorted(best, key=dense_first):
         own = [r for r in results if r.label == label]
         at_best = [r for r in own if r.rate == best[label]]
         tried = sorted({r.rate for r in own})

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.plot_style import COLOURS, STYLE, pyplot
-from recipes.bert_large.glue_report import PUBLISHED_TASKS, best_rates
+from recipes.bert_large.glue_report import PUBLISHED_TASKS, dense_first, scores_at_best_rates
 from recipes.bert_large.ledger import Result, read
 from recipes.bert_large.methods import MASKS
 
@@ -72,25 +72,14 @@ def gaps(results: Sequence[Result], tasks: Sequence[str]) -> Gaps:
         results: of one set of settings.
         tasks: the mean is of; a seed counts where a method and dense have all of them.
     """
-    best = best_rates(results)
-    scores: dict[str, dict[int, dict[str, float]]] = {}
-    for r in results:
-        if r.rate == best[r.settings, r.task, r.label]:
-            scores.setdefault(r.label, {}).setdefault(r.seed, {})[r.task] = r.published
-    means: dict[str, dict[int, float]] = {}
-    for label, seeds in scores.items():
-        whole = {seed: found for seed, found in seeds.items() if set(tasks) <= found.keys()}
-        means[label] = {seed: statistics.mean(found[task] for task in tasks) for seed, found in whole.items()}
-    dense = means.get("dense", {})
+    scores = scores_at_best_rates(results)
     differences = {}
-    for label in sorted(means, key=_dense_first):
-        if common := means[label].keys() & dense.keys():
-            differences[label] = {seed: means[label][seed] - dense[seed] for seed in sorted(common)}
+    for label in sorted({r.label for r in results}, key=dense_first):
+        pairs = [(scores.get((label, task), {}), scores.get(("dense", task), {})) for task in tasks]
+        seeds = set.intersection(*(own.keys() & dense.keys() for own, dense in pairs)) if pairs else set()
+        if seeds:
+            differences[label] = {s: statistics.mean(own[s] - dense[s] for own, dense in pairs) for s in sorted(seeds)}
     return differences
-
-
-def _dense_first(label: str) -> tuple[bool, str]:
-    return label != "dense", label
 
 
 def draw(file: Path, panels: Mapping[str, Gaps], title: str) -> bool:
@@ -107,7 +96,7 @@ def draw(file: Path, panels: Mapping[str, Gaps], title: str) -> bool:
     plt = pyplot()
     if plt is None:
         return False
-    labels = sorted({label for found in panels.values() for label in found}, key=_dense_first)
+    labels = sorted({label for found in panels.values() for label in found}, key=dense_first)
     rows = {label: -i for i, label in enumerate(labels)}
     with plt.rc_context(STYLE):
         size = (4 + 4.2 * len(panels), 1.2 + 0.34 * len(rows))

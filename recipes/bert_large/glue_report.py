@@ -36,6 +36,25 @@ def best_rates(results: Sequence[Result]) -> dict[tuple[str, str, str], float]:
     return {key: max(rates, key=lambda rate: rank(rates[rate])) for key, rates in scores.items()}
 
 
+def scores_at_best_rates(results: Sequence[Result]) -> dict[tuple[str, str], dict[int, float]]:
+    """By (method's label, task), then by seed: the score at the method's best rate.
+
+    Args:
+        results: of one set of settings.
+    """
+    best = best_rates(results)
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for r in results:
+        if r.rate == best[r.settings, r.task, r.label]:
+            found.setdefault((r.label, r.task), {})[r.seed] = r.published
+    return found
+
+
+def dense_first(label: str) -> tuple[bool, str]:
+    """Order of methods."""
+    return label != "dense", label
+
+
 def report(results: Sequence[Result]) -> str:
     """A table for each set of settings, then the published one; methods at their own best rate for each task.
 
@@ -58,12 +77,11 @@ def report(results: Sequence[Result]) -> str:
 
 
 def _table(results: Sequence[Result], tasks: Sequence[str], compared: Sequence[str]) -> str:
-    best = best_rates(results)
+    scores = scores_at_best_rates(results)
     lines = _header(tasks, compared, "seeds | ")
     dense: dict[str, dict[int, float]] = {}
-    for label in sorted({r.label for r in results}, key=lambda label: (label != "dense", label)):
-        own = [r for r in results if r.label == label and r.rate == best[r.settings, r.task, label]]
-        by_task = {task: {r.seed: r.published for r in own if r.task == task} for task in tasks}
+    for label in sorted({r.label for r in results}, key=dense_first):
+        by_task = {task: scores.get((label, task), {}) for task in tasks}
         mean = difference = "-"
         if compared and all(by_task[task] for task in compared):
             score = statistics.mean(statistics.mean(by_task[task].values()) for task in compared)
@@ -149,11 +167,7 @@ def _gains(
     Returns:
         Markdown, or "" where there is nothing to compare.
     """
-    best = best_rates(results)
-    found: dict[tuple[str, str], dict[int, float]] = {}
-    for r in results:
-        if r.rate == best[r.settings, r.task, r.label]:
-            found.setdefault((r.label, r.task), {})[r.seed] = r.published
+    found = scores_at_best_rates(results)
     rows: dict[tuple[str, int, str], dict[str, tuple[float, int]]] = {}
     for r in results:
         base = base_of(r.run)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from recipes.bert_large import compare
-from recipes.bert_large.glue_report import best_rates, published, report
-from recipes.bert_large.ledger import Result, read
+from recipes.bert_large.glue_report import paired, published, report, scores_at_best_rates
+from recipes.bert_large.ledger import read
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "recipes/bert_large/results"
@@ -54,12 +54,10 @@ def test_recoveries():
 def of_seed_0(name: str) -> dict[str, float]:
     """The mean over tasks of each method at its best rate."""
     rows = [result for result in read(RESULTS / f"{name}.csv") if result.seed == 0]
-    best = best_rates(rows)
-    scores: dict[str, list[Result]] = {}
-    for row in rows:
-        if row.rate == best[row.settings, row.task, row.label]:
-            scores.setdefault(row.label, []).append(row)
-    return {label: statistics.mean(r.published for r in found) for label, found in scores.items()}
+    scores: dict[str, list[float]] = {}
+    for (label, _), by_seed in scores_at_best_rates(rows).items():
+        scores.setdefault(label, []).append(by_seed[0])
+    return {label: statistics.mean(found) for label, found in scores.items()}
 
 
 def test_the_first_readme_shows_what_each_step_gives():
@@ -76,3 +74,24 @@ def test_the_first_readme_shows_what_each_step_gives():
         label = f"2:4 wanda, r = 0{start}"
         cells = [cell for own in (glue, squad) for cell in (f"{own[label]:.2f}", f"{own[label] - own['dense']:+.2f}")]
         assert f"| {words} | {' | '.join(cells)} |" in readme.replace("**", "")
+    words, label = "the last line is 1.6 below dense on SQuAD", f"2:4 wanda, r = 0{steps['+ its hidden states']}"
+    scores = scores_at_best_rates(read(RESULTS / "squad_minilm.csv"))
+    assert len(scores[label, "squad"]) == 3
+    assert f"{-paired(scores[label, 'squad'], scores['dense', 'squad']):.1f}" in words
+    assert words in readme
+
+
+def test_kernels_and_reference_end_within_a_point():
+    kernels, reference = (
+        {(r.label, r.rate, r.seed): r.f1 for r in read(RESULTS / f"{name}.csv")}
+        for name in ("squad_minilm", "squad_minilm_h200")
+    )
+    common = kernels.keys() & reference.keys()
+    assert len(common) == 11
+    assert max(abs(kernels[run] - reference[run]) for run in common) < 1.0
+    for words, run in {
+        "dense 2e-4": ("dense", 2e-4, 0),
+        "magnitude 4e-4": ("2:4 magnitude, r = 0", 4e-4, 0),
+        "transposable 4e-4": ("2:4 transposable, r = 0", 4e-4, 0),
+    }.items():
+        assert f"{words}: {reference[run]:.2f} and {kernels[run]:.2f}" in README

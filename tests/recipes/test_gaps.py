@@ -45,7 +45,6 @@ def test_a_panel_for_each_set_of_settings():
 
 
 def test_the_picture_of_the_readme_is_of_these_files(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib", reason="the extra bench")
     (line,) = commands("python -m recipes.bert_large.gaps")
     words = shlex.split(line)[3:]
     kept = ROOT / words[words.index("--out") + 1]
