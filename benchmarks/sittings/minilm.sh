@@ -6,15 +6,17 @@
 #
 # masks    dense and every mask at three rates, one seed; needs the pack `bert`, as all stages do
 # starts   a teacher, a gradual start, both, at 2e-4, one seed; after masks, whose dense runs teach
-# recover  every mask on the novels (needs the pack `text`, too), also with adapters; checkpoints in /tmp/novels-STEPS
+# recover  on the novels (needs the pack `text`, too), with sequences of 128 tokens for GLUE and of 384, as long as its windows, for SQuAD;
+#          checkpoints in /tmp/novels-STEPS and /tmp/novels384-STEPS
 # recovered  GLUE and SQuAD from there, alone, with a teacher, with its hidden states; in the same session of the machine, after masks
-# states   likewise: Wanda's masks, a teacher whose hidden states weigh more, labels and no labels, at two rates
-# seeds    of plain and recovered starts (or of STARTS="...", MASKS="...", SPARSE="arguments") at their best rates, seeds 0 to 2
+# states   likewise: Wanda's masks, a teacher whose hidden states weigh more, labels and no labels
+# seeds    of plain and recovered starts (or of STARTS="...", MASKS="...", SPARSE="arguments") at their best rates (or RATES="--rates ..."),
+#          seeds 0 to 2; EPOCHS=6: then SQuAD with as many, dense and sparse
 # ranks    after masks: best rates, adapters of rank 0, 4, 16, 24, seeds 0 to 2
 #
 # Each reads and leaves the rows so far in /tmp/minilm-rows.
 #
-# STEPS (3000) of a recovery, RECOVERIES="wanda magnitude-r24" of them. To see that it all runs, on a CPU: STEPS=3 TASKS=rte
+# STEPS (3000) of a recovery, RECOVERIES="wanda wanda-384 magnitude-r24" of them. To see that it all runs, on a CPU: STEPS=3 TASKS=rte
 # RECOVER="--data.batch_size 4 --data.source FILE --trainer.precision 32-true"
 # GLUE="--data.max_train_rows 8 --data.max_dev_rows 8 --trainer.precision 32-true"
 # SQUAD="--data.max_train_questions 2 --data.max_dev_questions 2 --trainer.precision 32-true"
@@ -49,37 +51,51 @@ squad() {
 }
 
 recovered=/tmp/novels-${STEPS:=3000} # its name goes into the rows
+recovered_long=/tmp/novels384-$STEPS
 recover() { # GPU, name, arguments
-  local runs=/tmp/minilm-recover/$2 weights
+  local runs=/tmp/minilm-recover/$2 to=$recovered weights
+  case $2 in *-384) to=$recovered_long ;; esac
   weights=$($PY -c "from recipes.bert_large.glue_plan import minilm_folder; print(minilm_folder())")
   SLOPE_SEARCH=1 OMP_NUM_THREADS=4 CUDA_VISIBLE_DEVICES=$1 timeout -k 20 580 $PY -m recipes.bert_large.pretrain fit --config recipes/bert_large/pretrain_recover.yaml \
     --data.source "$SLOPE_DATA_DIR/text/novels.txt.xz" --model.weights "$weights" --data.tokenizer "$weights" \
     --trainer.enable_progress_bar false --trainer.logger.init_args.save_dir "$runs" --data.num_workers 4 \
     --trainer.max_steps "$STEPS" --trainer.val_check_interval "$((STEPS / 3))" "${@:3}" ${RECOVER:-} > "$OUT/recover-$2.log" 2>&1 || return
-  cp "$(find "$runs" -name last.ckpt | tail -n 1)" "$recovered/$2.ckpt"
+  cp "$(find "$runs" -name last.ckpt | tail -n 1)" "$to/${2%-384}.ckpt"
   cp "$(find "$runs" -name result-fit.json | tail -n 1)" "$OUT/recover-$2.json"
 }
 
 masks=(--masks ${MASKS:-magnitude wanda transposable})
-from=(--recovered "$recovered" --starts)
+hidden="--model.teacher.hidden_weight"
 stage() { # glue or squad
-  local failed=0 rates=(1e-4 2e-4) # of recovered starts
-  [ "$1" = glue ] || rates=(2e-4 4e-4)
+  local failed=0 rates=(1e-4 2e-4) from=(--recovered "$recovered" --starts) weights=(4 16) # of recovered starts
+  if [ "$1" = squad ]; then
+    rates=(2e-4 4e-4) weights=(16 64)
+    [ ! -d "$recovered_long" ] || from[1]=$recovered_long
+  fi
   case $stage in
     masks) $1 "${masks[@]}" --rates 1e-4 2e-4 4e-4 || failed=1 ;;
     starts) $1 "${masks[@]}" --starts teacher gradual teacher+gradual --rates 2e-4 || failed=1 ;;
     recovered)
       $1 "${masks[@]}" "${from[@]}" recovered teacher+recovered --rates "${rates[@]}" || failed=1
       $1 --methods sparse --masks magnitude wanda "${from[@]}" teacher+recovered --rates "${rates[@]}" \
-        --sparse-arguments "--model.teacher.hidden_weight 1" || failed=1
+        --sparse-arguments "$hidden 1" || failed=1
       $1 --methods sparse --masks wanda --ranks 24 "${from[@]}" recovered --rates "${rates[@]}" || failed=1
       ;;
     states)
       $1 --methods sparse --masks wanda "${from[@]}" teacher+recovered --rates "${rates[@]}" --sparse-arguments \
-        "--model.teacher.hidden_weight 4" "--model.teacher.hidden_weight 16" "--model.teacher.hidden_weight 64" \
-        "--model.teacher.weight 1 --model.teacher.hidden_weight 4" "--model.teacher.weight 1 --model.teacher.hidden_weight 16" || failed=1
+        "$hidden ${weights[0]}" "$hidden ${weights[1]}" "--model.teacher.weight 1 $hidden 16" || failed=1
       ;;
-    seeds) $1 "${masks[@]}" "${from[@]}" ${STARTS:-plain recovered teacher+recovered} --best-rates --seeds 0 1 2 ${SPARSE:+--sparse-arguments "$SPARSE"} || failed=1 ;;
+    seeds)
+      $1 "${masks[@]}" "${from[@]}" ${STARTS:-plain recovered teacher+recovered} ${RATES:---best-rates} --seeds 0 1 2 \
+        ${SPARSE:+--sparse-arguments "$SPARSE"} || failed=1
+      if [ "$1" = squad ] && [ -n "${EPOCHS:-}" ]; then
+        $1 --methods dense --rates 1e-4 2e-4 --trainer.max_epochs "$EPOCHS" || failed=1
+        $1 --methods sparse --masks wanda "${from[@]}" teacher+recovered --rates 4e-4 ${SPARSE:+--sparse-arguments "$SPARSE"} \
+          --trainer.max_epochs "$EPOCHS" || failed=1
+        $1 --masks wanda "${from[@]}" teacher+recovered --best-rates --seeds 0 1 2 ${SPARSE:+--sparse-arguments "$SPARSE"} \
+          --trainer.max_epochs "$EPOCHS" || failed=1
+      fi
+      ;;
     ranks) $1 "${masks[@]}" --ranks 0 4 16 24 --best-rates --seeds 0 1 2 || failed=1 ;;
   esac
   return $failed
@@ -88,12 +104,13 @@ stage() { # glue or squad
 stage=${2:?masks, starts, recover, recovered, states, seeds or ranks}
 case $stage in
   recover)
-    mkdir -p "$recovered"
+    mkdir -p "$recovered" "$recovered_long"
     gpu=0
-    for name in ${RECOVERIES:-magnitude wanda transposable wanda-r24}; do
+    for name in ${RECOVERIES:-magnitude wanda-384 wanda magnitude-384}; do
       options=()
       case $name in wanda*) options+=(--model.slope.mask_calibration_batches 16) ;; transposable*) options+=(--model.slope.mask transposable) ;; esac
-      case $name in *-r*) options+=(--model.slope.adapter_rank "${name##*-r}" --model.slope.adapter_start_step 0) ;; esac
+      case $name in *-r*) rank=${name##*-r} options+=(--model.slope.adapter_rank "${rank%-384}" --model.slope.adapter_start_step 0) ;; esac
+      case $name in *-384) options+=(--data.max_length 384 --data.batch_size 85 --data.eval_batch_size 85) ;; esac # tokens as before
       recover "$gpu" "$name" "${options[@]}" &
       gpu=$((1 - gpu))
     done
