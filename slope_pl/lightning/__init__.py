@@ -7,6 +7,7 @@ from slope_pl.lightning.fade import CheckFadedMasks, FadeCallback, check_faded_m
 from slope_pl.lightning.module import SLoPeLightningModule
 from slope_pl.lightning.nonfinite import NonFiniteLoss
 from slope_pl.lightning.resume import last_good_checkpoint
+from slope_pl.lightning.step_checkpoint import StepCheckpoint
 from slope_pl.lightning.stopping import StopOnSignal
 from slope_pl.lightning.strategies import (
     SLoPeDDPStrategy,
@@ -29,6 +30,7 @@ __all__ = [
     "SLoPeModelParallelStrategy",
     "SLoPeSingleDeviceStrategy",
     "SLoPeStrategy",
+    "StepCheckpoint",
     "StopOnSignal",
     "check_faded_masks",
     "faded_masks",

@@ -32,6 +32,7 @@ from slope_pl.lightning.restore import RestoreGuard, check_counters, check_mark,
 from slope_pl.lightning.restoring import record_optimizers, resume_from_any
 from slope_pl.lightning.saving import save_folders_whole
 from slope_pl.lightning.schedule import adapter_start_step, has_time_limit, planned_steps
+from slope_pl.lightning.step_checkpoint import say_if_in_the_middle
 from slope_pl.nn import (
     SparseLinear,
     backend_lines,
@@ -309,6 +310,7 @@ class SLoPeCallback(pl.Callback):
             return
         from slope_pl import __version__
 
+        say_if_in_the_middle(trainer)
         strip_classes(checkpoint, pl_module.CHECKPOINT_HYPER_PARAMS_KEY)
         share_masks_with_averages(trainer, pl_module)
         if self._zero is not None:

@@ -35,6 +35,14 @@ def every(base: str, period: int, steps: int) -> dict:
     return {"trainer": {"callbacks": callbacks}}
 
 
+@pytest.mark.parametrize("base", ["bert_large/base", "bert_large/glue_base", "bert_large/pretrain_base", "gpt2/base"])
+def test_what_is_saved_on_the_way_is_saved_at_the_end_of_a_step(base):
+    text = (ROOT / "recipes" / f"{base}.yaml").read_text(encoding="utf-8")
+    callbacks = yaml.safe_load(text)["trainer"]["callbacks"]
+    found = [cb["class_path"] for cb in callbacks if "every_n_train_steps" in cb.get("init_args", {})]
+    assert found == ["slope_pl.lightning.StepCheckpoint"]
+
+
 def weights(home: Path) -> dict:
     return torch.load(home / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
 
