@@ -24,6 +24,7 @@ set -uo pipefail
 cd "$(dirname "$0")/../.."
 . benchmarks/sittings/enter.sh "${1:?commit}"
 minutes=${3:-8}
+case $minutes in *[!0-9]*) echo "$minutes: whole minutes are expected" >&2; exit 2 ;; esac
 rows=/tmp/minilm-rows
 for file in glue_minilm squad_minilm; do
   if [ -f "$rows/$file.csv" ]; then cp "$rows/$file.csv" "$OUT/"
@@ -102,6 +103,9 @@ stage() { # glue or squad
 }
 
 stage=${2:?masks, starts, recover, recovered, states, seeds or ranks}
+mkdir -p "$rows"
+trap 'cp "$OUT"/*_minilm.csv "$rows/"' EXIT # when it is ended from outside, too
+trap 'exit 143' TERM
 case $stage in
   recover)
     mkdir -p "$recovered" "$recovered_long"
@@ -127,7 +131,5 @@ if [ "$stage" = recover ]; then
   tail -n 30 "$OUT"/recover-*.log
   exit $status
 fi
-mkdir -p "$rows"
-cp "$OUT"/*_minilm.csv "$rows/"
 tail -n 40 "$OUT"/glue.log "$OUT"/squad.log
 exit $status

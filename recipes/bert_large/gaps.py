@@ -107,7 +107,7 @@ def draw(file: Path, panels: Mapping[str, Gaps], title: str) -> bool:
             axes.set_xlabel("points to dense")
         grid[0, 0].set_yticks(list(rows.values()), [_short(label) for label in rows])
         figure.suptitle(f"{title}\n(small points: seeds, large: their mean)")
-        figure.savefig(file, metadata={"Date": None}, bbox_inches="tight")
+        figure.savefig(file, metadata={"Date": None}, bbox_inches="tight", pad_inches=0.3)
         plt.close(figure)
     return True
 

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from slope_pl import CheckpointError, ConversionError, SLoPeCallback, SLoPeConfig, SLoPeLightningModule, sparse_layers
+from slope_pl.lightning import StepCheckpoint
 from tests.lightning.toy import CONFIG, QUIET, Net, Recorder, Tokens, Toy, assert_same, fit, make_trainer
 
 pytestmark = QUIET
@@ -35,7 +35,7 @@ class Hyper(SLoPeLightningModule, Toy):
 
 
 def saver(folder):
-    return ModelCheckpoint(dirpath=folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    return StepCheckpoint(dirpath=folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
 
 
 def outcome(module, trainer):
@@ -285,7 +285,7 @@ class Dropping(Toy):
 def dropping(folder, shuffle, validations, ckpt_path=None, seed=0):
     torch.manual_seed(seed)
     module = Dropping(shuffle, seed)
-    saver = ModelCheckpoint(dirpath=folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    saver = StepCheckpoint(dirpath=folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
     savers = [saver] if ckpt_path is None else []
     trainer = make_trainer(
         folder, SLoPeCallback(CONFIG), *savers, enable_checkpointing=bool(savers), limit_val_batches=validations

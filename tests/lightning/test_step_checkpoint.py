@@ -52,7 +52,8 @@ def test_lightnings_own_saves_in_the_middle_after_a_resume_and_is_told(tmp_path,
     """What the class is for. If this fails, Lightning has mended it."""
     whole, again = twice_resumed(ModelCheckpoint, tmp_path)
     told = [str(w.message) for w in recwarn if MIDDLE in str(w.message)]
-    assert told and all("accumulate_grad_batches=2" in text and "StepCheckpoint" in text for text in told)
+    assert told
+    assert all("accumulate_grad_batches=2" in text and "StepCheckpoint" in text for text in told)
     assert len(again.losses) == 7, "the first batch of step 5 is taken for done"
     assert any(not torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
 
