@@ -81,7 +81,10 @@ def test_the_first_readme_shows_what_each_step_gives():
             label = f"2:4 wanda, r = 0{where}"
             cells += [f"{own[label]:.2f}", f"{own[label] - own['dense']:+.2f}"]
         assert f"| {words} | {' | '.join(cells)} |" in readme.replace("**", "")
-    words, label = "the last line but one is 1.6 below dense on SQuAD", f"2:4 wanda, r = 0{steps['+ its hidden states']}"
+    words, label = (
+        "the last line but one is 1.6 below dense on SQuAD",
+        f"2:4 wanda, r = 0{steps['+ its hidden states']}",
+    )
     scores = scores_at_best_rates(read(RESULTS / "squad_minilm.csv"))
     assert len(scores[label, "squad"]) == 3
     assert f"{-paired(scores[label, 'squad'], scores['dense', 'squad']):.1f}" in words
