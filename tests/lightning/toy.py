@@ -21,8 +21,8 @@ WIDTH, CLASSES = 16, 4
 QUIET = [
     # The data is a handful of tensors: worker processes would only be slower.
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    # A resumed run needs no ModelCheckpoint of its own to be the same run, or has one that writes elsewhere.
-    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks.*ModelCheckpoint"),
+    # A resumed run needs no saver of its own to be the same run, or has one that writes elsewhere.
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks.*(Model|Step)Checkpoint"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     # Lightning 2.6 itself calls a pytree function that torch 2.13 deprecates.
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),
