@@ -4,7 +4,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 
@@ -28,9 +27,8 @@ class StepCheckpoint(ModelCheckpoint):
 
 
 def in_the_middle(trainer: pl.Trainer) -> bool:
-    """Whether the batches so far are a part of an optimizer step; False where nothing is trained."""
-    running = trainer.state.fn == TrainerFn.FITTING and trainer.state.status == TrainerStatus.RUNNING
-    return running and trainer.accumulate_grad_batches > 1 and trainer.fit_loop._should_accumulate()
+    """Whether the batches so far end within an optimizer step; False where nothing was trained."""
+    return trainer.accumulate_grad_batches > 1 and trainer.fit_loop._should_accumulate()
 
 
 def say_if_in_the_middle(trainer: pl.Trainer) -> None:

@@ -3,13 +3,14 @@
 from dataclasses import replace
 from datetime import timedelta
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from slope_pl import SLoPeCallback
 from slope_pl.lightning import StepCheckpoint
-from tests.lightning.toy import CONFIG, QUIET, Net, Recorder, Toy, assert_same, make_trainer
+from tests.lightning.toy import CONFIG, QUIET, Net, Toy, assert_same, make_trainer
 
 pytestmark = QUIET
 
@@ -71,11 +72,10 @@ def test_a_time_that_is_over_within_a_step_waits_for_its_end(tmp_path):
 
 
 def test_the_last_step_of_an_epoch_has_fewer_batches_and_is_saved(tmp_path):
-    recorder = Recorder()
     folder = tmp_path / "epochs"
     one = saver(StepCheckpoint, folder, every_n_train_steps=3)
     trainer = make_trainer(
-        tmp_path, recorder, one, accumulate_grad_batches=3, max_epochs=1, max_steps=-1, enable_checkpointing=True
+        tmp_path, one, accumulate_grad_batches=3, max_epochs=1, max_steps=-1, enable_checkpointing=True
     )
     trainer.fit(Toy(Net(seed=1)))
     assert trainer.global_step == 3, "8 batches: 3, 3 and 2"
@@ -89,9 +89,14 @@ def test_a_validation_within_a_step_that_saves_is_told(tmp_path, recwarn):
     assert "val_check_interval a multiple of accumulate_grad_batches" in told
 
 
-def test_a_save_after_the_fit_is_not_one_within_it(tmp_path, recwarn):
-    callback = SLoPeCallback(SPARSE)
-    trainer = make_trainer(tmp_path, callback, accumulate_grad_batches=2, max_steps=3)
+class StopAfterThreeBatches(pl.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.fit_loop.epoch_loop.batch_progress.current.ready == 3
+
+
+@pytest.mark.parametrize("stop", [[StopAfterThreeBatches()], []], ids=["within a step", "at its end"])
+def test_a_save_after_the_fit_is_told_where_the_fit_ended_within_a_step(tmp_path, recwarn, stop):
+    trainer = make_trainer(tmp_path, SLoPeCallback(SPARSE), *stop, accumulate_grad_batches=2, max_steps=3)
     trainer.fit(Toy(Net(seed=1)))
     trainer.save_checkpoint(tmp_path / "after.ckpt")
-    assert not [w for w in recwarn if MIDDLE in str(w.message)]
+    assert bool([w for w in recwarn if MIDDLE in str(w.message)]) == bool(stop)
