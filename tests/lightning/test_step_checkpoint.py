@@ -67,8 +67,10 @@ def test_a_time_that_is_over_within_a_step_waits_for_its_end(tmp_path):
             seen.append((trainer.global_step, trainer.fit_loop.epoch_loop.batch_progress.current.ready))
             super()._save_topk_checkpoint(trainer, *arguments)
 
-    run(tmp_path, saver(Seen, tmp_path / "often", train_time_interval=timedelta(0)), max_steps=3)
-    assert seen == [(1, 2), (2, 4), (3, 6)]
+    run(tmp_path, saver(StepCheckpoint, tmp_path / "whole"), max_steps=4)
+    often = saver(Seen, tmp_path / "often", train_time_interval=timedelta(0))
+    run(tmp_path, often, tmp_path / "whole" / "step=4.ckpt", max_steps=6)
+    assert seen == [(5, 2), (6, 4)], "steps, and batches of the second epoch"
 
 
 def test_the_last_step_of_an_epoch_has_fewer_batches_and_is_saved(tmp_path):
