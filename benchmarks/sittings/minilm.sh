@@ -2,7 +2,7 @@
 # Rows of recipes/bert_large/results/{glue,squad}_minilm.csv: MiniLM on five tasks of GLUE (GPU 0) and on SQuAD (GPU 1).
 # Of SST-2 the first 8,600 rows, about as many as CoLA has.
 #
-#   bash benchmarks/sittings/minilm.sh COMMIT {masks|starts|recover|recovered|states|seeds|ranks} [MINUTES]
+#   bash benchmarks/sittings/minilm.sh COMMIT STAGE[+STAGE...] [MINUTES]
 #
 # masks    dense and every mask at three rates, one seed; needs the pack `bert`, as all stages do
 # starts   a teacher, a gradual start, both, at 2e-4, one seed; after masks, whose dense runs teach
@@ -10,11 +10,14 @@
 #          checkpoints in /tmp/novels-STEPS and /tmp/novels384-STEPS
 # recovered  GLUE and SQuAD from there, alone, with a teacher, with its hidden states; in the same session of the machine, after masks
 # states   likewise: Wanda's masks, a teacher whose hidden states weigh more, labels and no labels
-# seeds    of plain and recovered starts (or of STARTS="...", MASKS="...", SPARSE="arguments") at their best rates (or RATES="--rates ..."),
-#          seeds 0 to 2; EPOCHS=6: then SQuAD with as many, dense and sparse
+# seeds    of plain and recovered starts (or of STARTS="...", MASKS="...", SPARSE="arguments") at their best rates (or RATES="--rates ...",
+#          SQUAD_RATES likewise), METHODS (both), seeds 0 to 2; EPOCHS=6: then SQuAD with as many, dense and sparse
 # ranks    after masks: best rates, adapters of rank 0, 4, 16, 24, seeds 0 to 2
+# early    after masks: adapters of rank 4, 16, 24 awake from the first step, of every mask, seed 0; then, after seeds, of recovered starts with
+#          a teacher (and SPARSE="arguments"), Wanda's masks, seed 0, then 1 and 2
 #
-# Each reads and leaves the rows so far in /tmp/minilm-rows.
+# Each reads and leaves the rows so far in /tmp/minilm-rows. GLUE and SQuAD do not wait for each other between joined stages. LIMIT (585): seconds
+# after which nothing runs any more.
 #
 # STEPS (3000) of a recovery, RECOVERIES="wanda wanda-384 magnitude-r24" of them. To see that it all runs, on a CPU: STEPS=3 TASKS=rte
 # RECOVER="--data.batch_size 4 --data.source FILE --trainer.precision 32-true"
@@ -25,7 +28,7 @@ cd "$(dirname "$0")/../.."
 . benchmarks/sittings/enter.sh "${1:?commit}"
 minutes=${3:-8}
 case $minutes in *[!0-9]*) echo "$minutes: whole minutes are expected" >&2; exit 2 ;; esac
-rows=/tmp/minilm-rows
+rows=/tmp/minilm-rows limit=${LIMIT:-585}
 for file in glue_minilm squad_minilm; do
   if [ -f "$rows/$file.csv" ]; then cp "$rows/$file.csv" "$OUT/"
   elif [ -f "recipes/bert_large/results/$file.csv" ]; then cp "recipes/bert_large/results/$file.csv" "$OUT/"
@@ -35,8 +38,8 @@ done
 export SLOPE_SEARCH=0 # 14 runs would look for the fastest algorithms at a time, each in the others' way; no run is timed here
 
 run() { # log, GPU, module and arguments; begins nothing after the minutes, ends in time to keep what there is
-  local left=$((585 - SECONDS))
-  [ "$left" -gt 30 ] || return 0
+  local left=$((limit - SECONDS))
+  [ "$left" -gt 30 ] && [ "$SECONDS" -lt $((minutes * 60)) ] || { echo "no time is left for: ${*:3}" >> "$OUT/$1.log"; return 0; }
   CUDA_VISIBLE_DEVICES=$2 timeout -k 15 "$left" $PY -m "${@:3}" --in-process \
     --budget-minutes "$(((minutes * 60 - SECONDS) / 60)).$(((minutes * 60 - SECONDS) % 60 * 10 / 60))" >> "$OUT/$1.log" 2>&1
 }
@@ -57,7 +60,7 @@ recover() { # GPU, name, arguments
   local runs=/tmp/minilm-recover/$2 to=$recovered weights
   case $2 in *-384) to=$recovered_long ;; esac
   weights=$($PY -c "from recipes.bert_large.glue_plan import minilm_folder; print(minilm_folder())")
-  SLOPE_SEARCH=1 OMP_NUM_THREADS=4 CUDA_VISIBLE_DEVICES=$1 timeout -k 20 580 $PY -m recipes.bert_large.pretrain fit --config recipes/bert_large/pretrain_recover.yaml \
+  SLOPE_SEARCH=1 OMP_NUM_THREADS=4 CUDA_VISIBLE_DEVICES=$1 timeout -k 20 $((limit - 5 - SECONDS)) $PY -m recipes.bert_large.pretrain fit --config recipes/bert_large/pretrain_recover.yaml \
     --data.source "$SLOPE_DATA_DIR/text/novels.txt.xz" --model.weights "$weights" --data.tokenizer "$weights" \
     --trainer.enable_progress_bar false --trainer.logger.init_args.save_dir "$runs" --data.num_workers 4 \
     --trainer.max_steps "$STEPS" --trainer.val_check_interval "$((STEPS / 3))" "${@:3}" ${RECOVER:-} > "$OUT/recover-$2.log" 2>&1 || return
@@ -67,13 +70,13 @@ recover() { # GPU, name, arguments
 
 masks=(--masks ${MASKS:-magnitude wanda transposable})
 hidden="--model.teacher.hidden_weight"
-stage() { # glue or squad
-  local failed=0 rates=(1e-4 2e-4) from=(--recovered "$recovered" --starts) weights=(4 16) # of recovered starts
+stage() { # glue or squad, stage
+  local failed=0 rates=(1e-4 2e-4) from=(--recovered "$recovered" --starts) weights=(4 16) of_seeds=${RATES:---best-rates} # of recovered starts
   if [ "$1" = squad ]; then
-    rates=(2e-4 4e-4) weights=(16 64)
+    rates=(2e-4 4e-4) weights=(16 64) of_seeds=${SQUAD_RATES:-$of_seeds}
     [ ! -d "$recovered_long" ] || from[1]=$recovered_long
   fi
-  case $stage in
+  case $2 in
     masks) $1 "${masks[@]}" --rates 1e-4 2e-4 4e-4 || failed=1 ;;
     starts) $1 "${masks[@]}" --starts teacher gradual teacher+gradual --rates 2e-4 || failed=1 ;;
     recovered)
@@ -87,7 +90,7 @@ stage() { # glue or squad
         "$hidden ${weights[0]}" "$hidden ${weights[1]}" "--model.teacher.weight 1 $hidden 16" || failed=1
       ;;
     seeds)
-      $1 "${masks[@]}" "${from[@]}" ${STARTS:-plain recovered teacher+recovered} ${RATES:---best-rates} --seeds 0 1 2 \
+      $1 --methods ${METHODS:-dense sparse} "${masks[@]}" "${from[@]}" ${STARTS:-plain recovered teacher+recovered} $of_seeds --seeds 0 1 2 \
         ${SPARSE:+--sparse-arguments "$SPARSE"} || failed=1
       if [ "$1" = squad ] && [ -n "${EPOCHS:-}" ]; then
         $1 --methods dense --rates 1e-4 2e-4 --trainer.max_epochs "$EPOCHS" || failed=1
@@ -98,11 +101,25 @@ stage() { # glue or squad
       fi
       ;;
     ranks) $1 "${masks[@]}" --ranks 0 4 16 24 --best-rates --seeds 0 1 2 || failed=1 ;;
+    early)
+      local adapted=(--methods sparse --ranks 4 16 24 --best-rates)
+      $1 "${adapted[@]}" --masks magnitude wanda transposable --starts early || failed=1
+      for seeds in 0 "1 2"; do
+        $1 "${adapted[@]}" --masks wanda "${from[@]}" early+teacher+recovered --seeds $seeds ${SPARSE:+--sparse-arguments "$SPARSE"} || failed=1
+      done
+      ;;
+    *) echo "$2: masks, starts, recover (alone), recovered, states, seeds, ranks or early is expected" >&2; failed=2 ;;
   esac
   return $failed
 }
 
-stage=${2:?masks, starts, recover, recovered, states, seeds or ranks}
+stages() { # glue or squad
+  local failed=0 name
+  for name in ${stage//+/ }; do stage "$1" "$name" || failed=$?; done
+  return $failed
+}
+
+stage=${2:?masks, starts, recover, recovered, states, seeds, ranks or early}
 mkdir -p "$rows"
 trap 'cp "$OUT"/*_minilm.csv "$rows/"' EXIT # when it is ended from outside, too
 trap 'exit 143' TERM
@@ -119,14 +136,13 @@ case $stage in
       gpu=$((1 - gpu))
     done
     ;;
-  masks | starts | recovered | states | seeds | ranks)
-    stage glue &
-    stage squad &
+  *)
+    stages glue &
+    stages squad &
     ;;
-  *) echo "$stage: masks, starts, recover, recovered, states, seeds or ranks is expected" >&2; exit 2 ;;
 esac
 status=0
-for job in $(jobs -p); do wait "$job" || status=1; done
+for job in $(jobs -p); do wait "$job" || status=$?; done
 if [ "$stage" = recover ]; then
   tail -n 30 "$OUT"/recover-*.log
   exit $status
