@@ -4,7 +4,8 @@
 #   bash benchmarks/sittings/bert_large.sh COMMIT {phase1|phase2|finetune} [STEPS]
 #
 # One session of the machine: checkpoints lie below /tmp/bert. A phase is sent SIGTERM after HALT (150) seconds and resumed from what
-# it saved then. STEPS cuts a phase short, to see that it runs; PRETRAIN and FINETUNE="arguments" are for all runs.
+# it saved then. STEPS cuts a phase short, to see that it runs; PRETRAIN and FINETUNE="arguments" are for all runs,
+# PRETRAIN_SPARSE for the sparse ones.
 # Rows of finetune are kept in /tmp/bert/rows: it goes on from them. LIMIT (580): seconds after which nothing runs any more.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -14,10 +15,12 @@ stage=${2:?phase1, phase2 or finetune} limit=${LIMIT:-580} rows=/tmp/bert/rows
 newest() { find "/tmp/bert/$1" -name '*.ckpt' -printf '%T@ %p\n' | sort -n | tail -n 1 | cut -d' ' -f2-; }
 
 fit() { # seconds, GPU, sibling, phase, arguments
+  local sparse=${PRETRAIN_SPARSE:-}
+  [ -z "$3" ] || sparse=
   OMP_NUM_THREADS=8 CUDA_VISIBLE_DEVICES=$2 timeout -k 60 "$1" $PY -m recipes.bert_large.pretrain fit \
     --config "recipes/bert_large/pretrain_phase$4_novels$3.yaml" --data.source "$SLOPE_DATA_DIR/text/novels.txt.xz" \
     --data.tokenizer "$SLOPE_DATA_DIR/tokenizers/bert-base-uncased-vocab.txt" --trainer.enable_progress_bar false \
-    --trainer.logger.init_args.save_dir "/tmp/bert/phase$4$3" --resume auto "${@:5}" ${PRETRAIN:-}
+    --trainer.logger.init_args.save_dir "/tmp/bert/phase$4$3" --resume auto "${@:5}" ${PRETRAIN:-} $sparse
 }
 
 pretrain() { # GPU, sibling, phase, arguments

@@ -121,7 +121,7 @@ stages() { # glue or squad
 
 stage=${2:?masks, starts, recover, recovered, states, seeds, ranks or early}
 mkdir -p "$rows"
-trap 'cp "$OUT"/*_minilm.csv "$rows/"' EXIT # when it is ended from outside, too
+[ "$stage" = recover ] || trap 'cp "$OUT"/*_minilm.csv "$rows/"' EXIT # when it is ended from outside, too
 trap 'exit 143' TERM
 case $stage in
   recover)
