@@ -6,8 +6,8 @@
 #
 # masks    dense and every mask at three rates, one seed; needs the pack `bert`, as all stages do
 # starts   a teacher, a gradual start, both, at 2e-4, one seed; after masks, whose dense runs teach
-# recover  on the novels (needs the pack `text`, too), with sequences of 128 tokens for GLUE and of 384, as long as its windows, for SQuAD;
-#          checkpoints in /tmp/novels-STEPS and /tmp/novels384-STEPS
+# recover  on the novels (needs the pack `text`, too; TEXT=mixed: on that pack's), with sequences of 128 tokens for GLUE and of 384, as long as its windows, for SQuAD;
+#          checkpoints in /tmp/TEXT-STEPS and /tmp/TEXT384-STEPS
 # recovered  GLUE and SQuAD from there, alone, with a teacher, with its hidden states; in the same session of the machine, after masks
 # states   likewise: Wanda's masks, a teacher whose hidden states weigh more, labels and no labels
 # seeds    of plain and recovered starts (or of STARTS="...", MASKS="...", SPARSE="arguments") at their best rates (or RATES="--rates ...",
@@ -19,7 +19,7 @@
 # Each reads and leaves the rows so far in /tmp/minilm-rows. GLUE and SQuAD do not wait for each other between joined stages. LIMIT (585): seconds
 # after which nothing runs any more.
 #
-# STEPS (3000) of a recovery, RECOVERIES="wanda wanda-384 magnitude-r24" of them. To see that it all runs, on a CPU: STEPS=3 TASKS=rte
+# TEXT (novels), STEPS (3000) of a recovery, RECOVERIES="wanda wanda-384 magnitude-r24" of them. To see that it all runs, on a CPU: STEPS=3 TASKS=rte
 # RECOVER="--data.batch_size 4 --data.source FILE --trainer.precision 32-true"
 # GLUE="--data.max_train_rows 8 --data.max_dev_rows 8 --trainer.precision 32-true"
 # SQUAD="--data.max_train_questions 2 --data.max_dev_questions 2 --trainer.precision 32-true"
@@ -54,14 +54,14 @@ squad() {
     --data "$SLOPE_DATA_DIR/squad" --jobs 5 ${SQUAD:-} "$@"
 }
 
-recovered=/tmp/novels-${STEPS:=3000} # its name goes into the rows
-recovered_long=/tmp/novels384-$STEPS
+recovered=/tmp/${TEXT:=novels}-${STEPS:=3000} # its name goes into the rows
+recovered_long=/tmp/${TEXT}384-$STEPS
 recover() { # GPU, name, arguments
   local runs=/tmp/minilm-recover/$2 to=$recovered weights
   case $2 in *-384) to=$recovered_long ;; esac
   weights=$($PY -c "from recipes.bert_large.glue_plan import minilm_folder; print(minilm_folder())")
   SLOPE_SEARCH=1 OMP_NUM_THREADS=4 CUDA_VISIBLE_DEVICES=$1 timeout -k 20 $((limit - 5 - SECONDS)) $PY -m recipes.bert_large.pretrain fit --config recipes/bert_large/pretrain_recover.yaml \
-    --data.source "$SLOPE_DATA_DIR/text/novels.txt.xz" --model.weights "$weights" --data.tokenizer "$weights" \
+    --data.source "$SLOPE_DATA_DIR/text/$TEXT.txt.xz" --model.weights "$weights" --data.tokenizer "$weights" \
     --trainer.enable_progress_bar false --trainer.logger.init_args.save_dir "$runs" --data.num_workers 4 \
     --trainer.max_steps "$STEPS" --trainer.val_check_interval "$((STEPS / 3))" "${@:3}" ${RECOVER:-} > "$OUT/recover-$2.log" 2>&1 || return
   cp "$(find "$runs" -name last.ckpt | tail -n 1)" "$to/${2%-384}.ckpt"

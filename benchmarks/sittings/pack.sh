@@ -3,10 +3,11 @@
 #
 #   offline/base.tar.xz   Python packages that an image with torch, lightning and transformers lacks; the compiled extension
 #   offline/text.tar      novels and tokenizers of SLOPE_DATA_DIR
+#   offline/mixed.tar     every seventh novel and RACE's articles, as one text: small enough to travel with base and bert in 64 MiB
 #   offline/eval.tar.xz   lm-eval with the tasks that we use, and the local zero-shot files
 #   offline/bert.tar.xz   MiniLM in float16, GLUE, SQuAD cut to the first 2,000 questions of its dev set
 #
-#   bash benchmarks/sittings/pack.sh [base text eval bert]          PYTHON_VERSION=3.12 is that of the GPU machine
+#   bash benchmarks/sittings/pack.sh [base text mixed eval bert]          PYTHON_VERSION=3.12 is that of the GPU machine
 #
 # Needs .venv (make venv), slope_pl/ops/slope_cuda.so (make extension) and SLOPE_DATA_DIR. There, enter.sh unpacks it all.
 set -euo pipefail
@@ -58,6 +59,21 @@ text() {
   tar -C "$work/text" -cf offline/text.tar .
 }
 
+mixed() {
+  mkdir -p "$work/mixed/data/text"
+  {
+    "$python" - <<'PYTHON'
+import lzma, os, sys
+from pathlib import Path
+
+folder = Path(os.environ["SLOPE_DATA_DIR"]) / "text"
+novels, articles = (lzma.open(folder / name).read().split(b"\0") for name in ("novels.txt.xz", "race-articles.txt.xz"))
+sys.stdout.buffer.write(b"\0".join(text for text in novels[::7] + articles if text.strip()))
+PYTHON
+  } | xz -T2 -9 > "$work/mixed/data/text/mixed.txt.xz"
+  tar -C "$work/mixed" -cf offline/mixed.tar .
+}
+
 eval_pack() {
   # shellcheck disable=SC2046
   wheels $(same lm_eval datasets dill multiprocess chardet)
@@ -105,12 +121,12 @@ PYTHON
   tar -C "$work/bert" -cf - . | xz -T1 -6 > offline/bert.tar.xz
 }
 
-[ $# -gt 0 ] || set -- base text eval bert
+[ $# -gt 0 ] || set -- base text mixed eval bert
 for name in "$@"; do
   case $name in
     eval) eval_pack ;;
-    base | text | bert) "$name" ;;
-    *) echo "$name: base, text, eval or bert is expected" >&2; exit 1 ;;
+    base | text | mixed | bert) "$name" ;;
+    *) echo "$name: base, text, mixed, eval or bert is expected" >&2; exit 1 ;;
   esac
 done
 du -h offline/*
