@@ -1,26 +1,29 @@
 #!/usr/bin/env bash
 # BERT-Large: both phases on the novels, dense on GPU 0 and sparse on GPU 1, then SQuAD and two tasks of GLUE from there.
 #
-#   bash benchmarks/sittings/bert_large.sh COMMIT {phase1|phase2|finetune} [STEPS]
+#   bash benchmarks/sittings/bert_large.sh COMMIT STAGE[+STAGE...] [STEPS]      stages: phase1, phase2, finetune, trace
 #
-# One session of the machine: checkpoints lie below /tmp/bert. A phase is sent SIGTERM after HALT (150) seconds and resumed from what
-# it saved then. STEPS cuts a phase short, to see that it runs; PRETRAIN and FINETUNE="arguments" are for all runs,
-# PRETRAIN_SPARSE for the sparse ones.
-# Rows of finetune are kept in /tmp/bert/rows: it goes on from them. LIMIT (580): seconds after which nothing runs any more.
+# One session of the machine: checkpoints lie below /tmp/bert, rows of finetune in /tmp/bert/rows, and it goes on from both. Joined by +, dense and
+# sparse do not wait for each other between stages. A phase is sent SIGTERM after HALT (150) seconds and resumed from what it saved then; HALT=0: it
+# is not. STEPS cuts a phase short. PRETRAIN, PHASE1, PHASE2, PHASE2_SPARSE and FINETUNE="arguments" are for all runs of that kind.
+# trace: where 3 steps of phase 1 go that have 128 sequences; 2:4 with adapters asleep and awake. TEXT=mixed: that pack's text in place of the novels. LIMIT (580): seconds after which nothing runs any more.
+#
+#   HALT=0 TEXT=mixed PHASE1="--trainer.max_steps 200" PHASE2="--trainer.max_steps 100" PHASE2_SPARSE="--model.slope.adapter_start_step 75" bash ... phase1+phase2+finetune
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 . benchmarks/sittings/enter.sh "${1:?commit}"
-stage=${2:?phase1, phase2 or finetune} limit=${LIMIT:-580} rows=/tmp/bert/rows
+stage=${2:?phase1, phase2, finetune, trace, or some of them joined by +} limit=${LIMIT:-580} rows=/tmp/bert/rows
 
 newest() { find "/tmp/bert/$1" -name '*.ckpt' -printf '%T@ %p\n' | sort -n | tail -n 1 | cut -d' ' -f2-; }
 
 fit() { # seconds, GPU, sibling, phase, arguments
-  local sparse=${PRETRAIN_SPARSE:-}
-  [ -z "$3" ] || sparse=
+  local more="${PRETRAIN:-}"
+  [ "$4" = 1 ] && more+=" ${PHASE1:-}" || more+=" ${PHASE2:-}"
+  [ -n "$3" ] || [ "$4" = 1 ] || more+=" ${PHASE2_SPARSE:-}"
   OMP_NUM_THREADS=8 CUDA_VISIBLE_DEVICES=$2 timeout -k 60 "$1" $PY -m recipes.bert_large.pretrain fit \
-    --config "recipes/bert_large/pretrain_phase$4_novels$3.yaml" --data.source "$SLOPE_DATA_DIR/text/novels.txt.xz" \
+    --config "recipes/bert_large/pretrain_phase$4_novels$3.yaml" --data.source "$SLOPE_DATA_DIR/text/${TEXT:-novels}.txt.xz" \
     --data.tokenizer "$SLOPE_DATA_DIR/tokenizers/bert-base-uncased-vocab.txt" --trainer.enable_progress_bar false \
-    --trainer.logger.init_args.save_dir "/tmp/bert/phase$4$3" --resume auto "${@:5}" ${PRETRAIN:-} $sparse
+    --trainer.logger.init_args.save_dir "/tmp/bert/phase$4$3" --resume auto "${@:5}" $more
 }
 
 pretrain() { # GPU, sibling, phase, arguments
@@ -35,7 +38,7 @@ finetune() { # GPU, sibling, methods and what else they take
   local weights
   weights=$(newest "phase2$2")
   local vocabulary=$SLOPE_DATA_DIR/tokenizers/bert-base-uncased-vocab.txt
-  local common=(--weights "$weights" --methods "${@:3}" --budget-minutes "$((limit / 60 - 1))" --data.tokenizer "$vocabulary" ${FINETUNE:-}) failed=0
+  local common=(--weights "$weights" --methods "${@:3}" --budget-minutes "$(((limit - SECONDS) / 60 + 1))" --data.tokenizer "$vocabulary" ${FINETUNE:-}) failed=0
   # Side by side, three runs a GPU: batches of 4 leave it waiting.
   CUDA_VISIBLE_DEVICES=$1 timeout -k 20 $((limit - SECONDS)) $PY -m recipes.bert_large.glue_all --config glue_base.yaml --csv "$rows/glue$2.csv" \
     --runs "/tmp/bert/glue$2" --data "$SLOPE_DATA_DIR/glue" --tasks mrpc rte --jobs 2 "${common[@]}" > "$OUT/glue$2.log" 2>&1 &
@@ -44,29 +47,38 @@ finetune() { # GPU, sibling, methods and what else they take
   wait $! && return $failed
 }
 
+traced() { # GPU, sibling, name, arguments
+  OMP_NUM_THREADS=8 CUDA_VISIBLE_DEVICES=$1 timeout -k 10 150 $PY -m recipes.bert_large.pretrain fit \
+    --config "recipes/bert_large/pretrain_phase1_novels$2.yaml" --data.source "$SLOPE_DATA_DIR/text/${TEXT:-novels}.txt.xz" \
+    --data.tokenizer "$SLOPE_DATA_DIR/tokenizers/bert-base-uncased-vocab.txt" --trainer.enable_progress_bar false \
+    --data.batch_size 128 --trainer.accumulate_grad_batches 1 --trainer.max_steps 24 --trainer.val_check_interval 24 \
+    --trainer.limit_val_batches 1 --trainer.enable_checkpointing false --trainer.logger false "${@:4}" \
+    --trainer.callbacks "[{class_path: recipes.trace.Trace, init_args: {folder: $OUT/trace-$3}}]" > "$OUT/trace-$3.log" 2>&1 || return
+  rm "$OUT/trace-$3/trace.json.gz" && mv "$OUT/trace-$3/trace.txt" "$OUT/trace-$3.md" && rmdir "$OUT/trace-$3"
+}
+
 steps=(${3:+--trainer.max_steps "$3" --trainer.val_check_interval "$3"})
-case $stage in
-  phase1)
-    pretrain 0 _dense 1 "${steps[@]}" &
-    pretrain 1 "" 1 "${steps[@]}" &
-    ;;
-  phase2)
-    pretrain 0 _dense 2 --model.start_from "$(newest phase1_dense)" "${steps[@]}" &
-    pretrain 1 "" 2 --model.start_from "$(newest phase1)" "${steps[@]}" &
-    ;;
-  finetune)
-    export SLOPE_SEARCH=0 # six runs would look for the fastest algorithms at a time; none is timed here
-    mkdir -p "$rows"
-    finetune 0 _dense dense &
-    finetune 1 "" sparse --ranks 16 & # as in phase 2, whose adapters are awake
-    ;;
-  *) echo "$2: phase1, phase2 or finetune is expected" >&2; exit 2 ;;
-esac
+chain() { # GPU, sibling, how it is fine-tuned
+  local name failed=0
+  for name in ${stage//+/ }; do
+    case $name in
+      phase1) pretrain "$1" "$2" 1 "${steps[@]}" ;;
+      phase2) pretrain "$1" "$2" 2 --model.start_from "$(newest "phase1$2")" "${steps[@]}" ;;
+      finetune) SLOPE_SEARCH=0 finetune "$@" ;; # six runs would look for the fastest algorithms at a time; none is timed here
+      trace)
+        traced "$1" "$2" "${2:-sparse}" && { [ -n "$2" ] || traced "$1" "" awake --model.slope.adapter_rank 16 --model.slope.adapter_start_step 5; }
+        ;;
+      *) echo "$name: phase1, phase2, finetune or trace is expected" >&2; return 2 ;;
+    esac || { echo "$name$2 failed (status $?, log in $OUT)" >&2; return 1; }
+  done
+}
+
+mkdir -p "$rows"
+chain 0 _dense dense &
+chain 1 "" sparse --ranks 16 & # as in phase 2, whose adapters are awake
 status=0
-for job in $(jobs -p); do wait "$job" || status=1; done
+for job in $(jobs -p); do wait "$job" || status=$?; done
 tail -n 30 "$OUT"/*.log
-if [ "$stage" = finetune ]; then # many small files
-  cp "$rows"/* "$OUT/"
-  (cd "$OUT" && tar -czf finetune.tar.gz ./*.csv ./*.md ./*.log && rm -f ./*.csv ./*.md ./*.log)
-fi
+cp "$rows"/* "$OUT/" 2> /dev/null
+(cd "$OUT" && tar -czf logs.tar.gz --ignore-failed-read ./*.csv ./*.md ./*.log 2> /dev/null && rm -f ./*.csv ./*.md ./*.log) # many small files
 exit $status

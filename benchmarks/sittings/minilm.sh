@@ -13,11 +13,12 @@
 # seeds    of plain and recovered starts (or of STARTS="...", MASKS="...", SPARSE="arguments") at their best rates (or RATES="--rates ...",
 #          SQUAD_RATES likewise), METHODS (both), seeds 0 to 2; EPOCHS=6: then SQuAD with as many, dense and sparse
 # ranks    after masks: best rates, adapters of rank 0, 4, 16, 24, seeds 0 to 2
-# early    after masks: adapters of rank 4, 16, 24 awake from the first step, of every mask, seed 0; then, after seeds, of recovered starts with
-#          a teacher (and SPARSE="arguments"), Wanda's masks, seed 0, then 1 and 2
+# early    after masks: adapters of rank 4, 16, 24 awake from the first step, of every mask, seed 0
+# adapted  after seeds: likewise, of recovered starts with a teacher (and SPARSE="arguments"), Wanda's masks, seed 0, then 1 and 2
 #
-# Each reads and leaves the rows so far in /tmp/minilm-rows. GLUE and SQuAD do not wait for each other between joined stages. LIMIT (585): seconds
-# after which nothing runs any more.
+# Each reads and leaves the rows so far in /tmp/minilm-rows. Joined by +, GLUE and SQuAD do not wait for each other between stages, and a recovery
+# (which leaves most of a GPU's time) runs beside those that do not start from it: recover+early+seeds. LIMIT (585): seconds after which nothing runs
+# any more.
 #
 # TEXT (novels), STEPS (3000) of a recovery, RECOVERIES="wanda wanda-384 magnitude-r24" of them. To see that it all runs, on a CPU: STEPS=3 TASKS=rte
 # RECOVER="--data.batch_size 4 --data.source FILE --trainer.precision 32-true"
@@ -101,51 +102,66 @@ stage() { # glue or squad, stage
       fi
       ;;
     ranks) $1 "${masks[@]}" --ranks 0 4 16 24 --best-rates --seeds 0 1 2 || failed=1 ;;
-    early)
-      local adapted=(--methods sparse --ranks 4 16 24 --best-rates)
-      $1 "${adapted[@]}" --masks magnitude wanda transposable --starts early || failed=1
+    early) $1 --methods sparse --masks magnitude wanda transposable --ranks 4 16 24 --starts early --best-rates || failed=1 ;;
+    adapted)
       for seeds in 0 "1 2"; do
-        $1 "${adapted[@]}" --masks wanda "${from[@]}" early+teacher+recovered --seeds $seeds ${SPARSE:+--sparse-arguments "$SPARSE"} || failed=1
+        $1 --methods sparse --masks wanda --ranks 4 16 24 "${from[@]}" early+teacher+recovered --best-rates --seeds $seeds \
+          ${SPARSE:+--sparse-arguments "$SPARSE"} || failed=1
       done
       ;;
-    *) echo "$2: masks, starts, recover (alone), recovered, states, seeds, ranks or early is expected" >&2; failed=2 ;;
+    *) echo "$2: $expected is expected" >&2; failed=2 ;;
   esac
   return $failed
 }
 
 stages() { # glue or squad
   local failed=0 name
-  for name in ${stage//+/ }; do stage "$1" "$name" || failed=$?; done
+  for name in ${stage//+/ }; do
+    case $name in recover) continue ;; recovered | states | seeds | adapted) recoveries_are_over ;; esac
+    stage "$1" "$name" || failed=$?
+  done
   return $failed
 }
 
-stage=${2:?masks, starts, recover, recovered, states, seeds, ranks or early}
+recoveries_are_over() { # waits for those of this very call
+  case +$stage+ in *+recover+*) ;; *) return 0 ;; esac
+  until [ -f "$recovered/over" ]; do sleep 1; done
+}
+
+recoveries() {
+  local gpu=0 name rank options jobs=() failed=0
+  for name in ${RECOVERIES:-magnitude wanda-384 wanda magnitude-384}; do
+    options=()
+    case $name in wanda*) options+=(--model.slope.mask_calibration_batches 16) ;; transposable*) options+=(--model.slope.mask transposable) ;; esac
+    case $name in *-r*) rank=${name##*-r} options+=(--model.slope.adapter_rank "${rank%-384}" --model.slope.adapter_start_step 0) ;; esac
+    case $name in *-384) options+=(--data.max_length 384 --data.batch_size 85 --data.eval_batch_size 85) ;; esac # tokens as before
+    recover "$gpu" "$name" "${options[@]}" &
+    jobs+=($!)
+    gpu=$((1 - gpu))
+  done
+  for job in "${jobs[@]}"; do wait "$job" || failed=1; done
+  touch "$recovered/over"
+  tail -n 30 "$OUT"/recover-*.log
+  return $failed
+}
+
+expected="masks, starts, recover, recovered, states, seeds, ranks, early or adapted"
+stage=${2:?$expected}
 mkdir -p "$rows"
 [ "$stage" = recover ] || trap 'cp "$OUT"/*_minilm.csv "$rows/"' EXIT # when it is ended from outside, too
 trap 'exit 143' TERM
-case $stage in
-  recover)
+case +$stage+ in
+  *+recover+*)
     mkdir -p "$recovered" "$recovered_long"
-    gpu=0
-    for name in ${RECOVERIES:-magnitude wanda-384 wanda magnitude-384}; do
-      options=()
-      case $name in wanda*) options+=(--model.slope.mask_calibration_batches 16) ;; transposable*) options+=(--model.slope.mask transposable) ;; esac
-      case $name in *-r*) rank=${name##*-r} options+=(--model.slope.adapter_rank "${rank%-384}" --model.slope.adapter_start_step 0) ;; esac
-      case $name in *-384) options+=(--data.max_length 384 --data.batch_size 85 --data.eval_batch_size 85) ;; esac # tokens as before
-      recover "$gpu" "$name" "${options[@]}" &
-      gpu=$((1 - gpu))
-    done
-    ;;
-  *)
-    stages glue &
-    stages squad &
+    rm -f "$recovered/over"
+    recoveries &
     ;;
 esac
+if [ "$stage" != recover ]; then
+  stages glue &
+  stages squad &
+fi
 status=0
 for job in $(jobs -p); do wait "$job" || status=$?; done
-if [ "$stage" = recover ]; then
-  tail -n 30 "$OUT"/recover-*.log
-  exit $status
-fi
-tail -n 40 "$OUT"/glue.log "$OUT"/squad.log
+[ "$stage" = recover ] || tail -n 40 "$OUT"/glue.log "$OUT"/squad.log
 exit $status

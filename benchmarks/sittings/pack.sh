@@ -3,7 +3,7 @@
 #
 #   offline/base.tar.xz   Python packages that an image with torch, lightning and transformers lacks; the compiled extension
 #   offline/text.tar      novels and tokenizers of SLOPE_DATA_DIR
-#   offline/mixed.tar     every 25th novel and RACE's articles, as one text: small enough to travel with base and bert in 64 MiB
+#   offline/mixed.tar     every 25th novel and RACE's articles as one text, BERT's vocabulary: little enough to travel with base and bert
 #   offline/eval.tar.xz   lm-eval with the tasks that we use, and the local zero-shot files
 #   offline/bert.tar.xz   MiniLM in float16, GLUE, SQuAD cut to the first 2,000 questions of its dev set
 #
@@ -60,7 +60,8 @@ text() {
 }
 
 mixed() {
-  mkdir -p "$work/mixed/data/text"
+  mkdir -p "$work/mixed/data/text" "$work/mixed/data/tokenizers"
+  cp "$SLOPE_DATA_DIR/tokenizers/bert-base-uncased-vocab.txt" "$work/mixed/data/tokenizers/"
   {
     "$python" - <<'PYTHON'
 import lzma, os, sys
@@ -71,6 +72,7 @@ novels, articles = (lzma.open(folder / name).read().split(b"\0") for name in ("n
 sys.stdout.buffer.write(b"\0".join(text for text in novels[::25] + articles if text.strip()))
 PYTHON
   } | xz -T2 -9 > "$work/mixed/data/text/mixed.txt.xz"
+  chmod -R u+w "$work/mixed"
   tar -C "$work/mixed" -cf offline/mixed.tar .
 }
 
