@@ -6,8 +6,8 @@
 #
 # masks    dense and every mask at three rates, one seed; needs the pack `bert`, as all stages do
 # starts   a teacher, a gradual start, both, at 2e-4, one seed; after masks, whose dense runs teach
-# recover  on the novels (needs the pack `text`, too; TEXT=mixed: on that pack's), with sequences of 128 tokens for GLUE and of 384, as long as its windows, for SQuAD;
-#          checkpoints in /tmp/TEXT-STEPS and /tmp/TEXT384-STEPS
+# recover  on the novels (needs the pack `text`, too; TEXT=mixed: on that pack's), with sequences of 128 tokens for GLUE and of 384, as long
+#          as its windows, for SQuAD; checkpoints in /tmp/TEXT-STEPS and /tmp/TEXT384-STEPS
 # recovered  GLUE and SQuAD from there, alone, with a teacher, with its hidden states; in the same session of the machine, after masks
 # states   likewise: Wanda's masks, a teacher whose hidden states weigh more, labels and no labels
 # seeds    of plain and recovered starts (or of STARTS="...", MASKS="...", SPARSE="arguments") at their best rates (or RATES="--rates ...",
