@@ -5,7 +5,7 @@
 #
 # One session of the machine: checkpoints lie below /tmp/bert, rows of finetune in /tmp/bert/rows, and it goes on from both. Joined by +, dense and
 # sparse do not wait for each other between stages. A phase is sent SIGTERM after HALT (150) seconds and resumed from what it saved then; HALT=0: it
-# is not. STEPS cuts a phase short. PRETRAIN, PHASE1, PHASE2, PHASE2_SPARSE and FINETUNE="arguments" are for all runs of that kind.
+# is not. STEPS cuts a phase short. PRETRAIN, PHASE1, PHASE2, PHASE2_SPARSE, FINETUNE, GLUE and SQUAD="arguments" are for all runs of that kind.
 # trace: where 3 steps of phase 1 go that have 128 sequences; 2:4 with adapters asleep and awake. TEXT=mixed: that pack's text in place of the
 # novels. LIMIT (580): seconds after which nothing runs any more.
 #
@@ -55,9 +55,9 @@ finetune() { # GPU, sibling, methods and what else they take
   local common=(--weights "$weights" --methods "${@:3}" --budget-minutes "$(($(left) / 60 + 1))" --data.tokenizer "$vocabulary" ${FINETUNE:-}) failed=0
   # Side by side, three runs a GPU: batches of 4 leave it waiting.
   CUDA_VISIBLE_DEVICES=$1 timeout -k 20 "$(left)" $PY -m recipes.bert_large.glue_all --config glue_base.yaml --csv "$rows/glue$2.csv" \
-    --runs "/tmp/bert/glue$2" --data "$SLOPE_DATA_DIR/glue" --tasks mrpc rte --jobs 2 "${common[@]}" > "$OUT/glue$2.log" 2>&1 &
+    --runs "/tmp/bert/glue$2" --data "$SLOPE_DATA_DIR/glue" --tasks mrpc rte --jobs 2 "${common[@]}" ${GLUE:-} > "$OUT/glue$2.log" 2>&1 &
   CUDA_VISIBLE_DEVICES=$1 timeout -k 20 "$(left)" $PY -m recipes.bert_large.compare --config base.yaml --csv "$rows/squad$2.csv" \
-    --runs "/tmp/bert/squad$2" --data "$SLOPE_DATA_DIR/squad" "${common[@]}" > "$OUT/squad$2.log" 2>&1 || failed=1
+    --runs "/tmp/bert/squad$2" --data "$SLOPE_DATA_DIR/squad" "${common[@]}" ${SQUAD:-} > "$OUT/squad$2.log" 2>&1 || failed=1
   wait $! && return $failed
 }
 

@@ -13,12 +13,14 @@
 # seeds    of plain and recovered starts (or of STARTS="...", MASKS="...", SPARSE="arguments") at their best rates (or RATES="--rates ...",
 #          SQUAD_RATES likewise), METHODS (both), seeds 0 to 2; EPOCHS=6: then SQuAD with as many, dense and sparse
 # ranks    after masks: best rates, adapters of rank 0, 4, 16, 24, seeds 0 to 2
-# early    after masks: adapters of rank 4, 16, 24 awake from the first step, of every mask, seed 0
+# early    after masks: adapters of rank 4, 16, 24 awake from the first step, of every mask, and rank 0 where it has no row; SEEDS (0)
+# teachers the dense runs that `seeds` needs, made beside a recovery
+# wait     for the recoveries of this call
 # adapted  after seeds: likewise, of recovered starts with a teacher (and SPARSE="arguments"), Wanda's masks, seed 0, then 1 and 2
 #
 # Each reads and leaves the rows so far in /tmp/minilm-rows. Joined by +, GLUE and SQuAD do not wait for each other between stages, and a recovery
-# (which leaves most of a GPU's time) runs beside those that do not start from it: recover+early+seeds. LIMIT (585): seconds after which nothing runs
-# any more.
+# (which leaves most of a GPU's time) runs beside those that do not start from it: recover+early+seeds. glue:STAGE and squad:STAGE are for that one
+# alone. The first recovery is on GPU 1. LIMIT (585): seconds after which nothing runs any more.
 #
 # TEXT (novels), STEPS (3000) of a recovery, RECOVERIES="wanda wanda-384 magnitude-r24" of them. To see that it all runs, on a CPU: STEPS=3 TASKS=rte
 # RECOVER="--data.batch_size 4 --data.source FILE --trainer.precision 32-true"
@@ -72,7 +74,7 @@ recover() { # GPU, name, arguments
 masks=(--masks ${MASKS:-magnitude wanda transposable})
 hidden="--model.teacher.hidden_weight"
 stage() { # glue or squad, stage
-  local failed=0 rates=(1e-4 2e-4) from=(--recovered "$recovered" --starts) weights=(4 16) of_seeds=${RATES:---best-rates} # of recovered starts
+  local failed=0 rates=(1e-4 2e-4) from=(--recovered "$recovered" --starts) weights=(4 16) more=() of_seeds=${RATES:---best-rates} # of recovered starts
   if [ "$1" = squad ]; then
     rates=(2e-4 4e-4) weights=(16 64) of_seeds=${SQUAD_RATES:-$of_seeds}
     [ ! -d "$recovered_long" ] || from[1]=$recovered_long
@@ -90,10 +92,11 @@ stage() { # glue or squad, stage
       $1 --methods sparse --masks wanda "${from[@]}" teacher+recovered --rates "${rates[@]}" --sparse-arguments \
         "$hidden ${weights[0]}" "$hidden ${weights[1]}" "--model.teacher.weight 1 $hidden 16" || failed=1
       ;;
-    seeds)
-      $1 --methods ${METHODS:-dense sparse} "${masks[@]}" "${from[@]}" ${STARTS:-plain recovered teacher+recovered} $of_seeds --seeds 0 1 2 \
+    seeds | teachers)
+      [ "$2" = seeds ] || more=(--prepare)
+      $1 "${more[@]}" --methods ${METHODS:-dense sparse} "${masks[@]}" "${from[@]}" ${STARTS:-plain recovered teacher+recovered} $of_seeds --seeds 0 1 2 \
         ${SPARSE:+--sparse-arguments "$SPARSE"} || failed=1
-      if [ "$1" = squad ] && [ -n "${EPOCHS:-}" ]; then
+      if [ "$1 $2" = "squad seeds" ] && [ -n "${EPOCHS:-}" ]; then
         $1 --methods dense --rates 1e-4 2e-4 --trainer.max_epochs "$EPOCHS" || failed=1
         $1 --methods sparse --masks wanda "${from[@]}" teacher+recovered --rates 4e-4 ${SPARSE:+--sparse-arguments "$SPARSE"} \
           --trainer.max_epochs "$EPOCHS" || failed=1
@@ -102,7 +105,11 @@ stage() { # glue or squad, stage
       fi
       ;;
     ranks) $1 "${masks[@]}" --ranks 0 4 16 24 --best-rates --seeds 0 1 2 || failed=1 ;;
-    early) $1 --methods sparse --masks magnitude wanda transposable --ranks 4 16 24 --starts early --best-rates || failed=1 ;;
+    early)
+      $1 --methods sparse "${masks[@]}" --best-rates --seeds ${SEEDS:-0} || failed=1
+      $1 --methods sparse "${masks[@]}" --ranks 4 16 24 --starts early --best-rates --seeds ${SEEDS:-0} || failed=1
+      ;;
+    wait) ;;
     adapted)
       for seeds in 0 "1 2"; do
         $1 --methods sparse --masks wanda --ranks 4 16 24 "${from[@]}" early+teacher+recovered --best-rates --seeds $seeds \
@@ -117,7 +124,8 @@ stage() { # glue or squad, stage
 stages() { # glue or squad
   local failed=0 name
   for name in ${stage//+/ }; do
-    case $name in recover) continue ;; recovered | states | seeds | adapted) recoveries_are_over ;; esac
+    case $name in "$1":*) name=${name#*:} ;; *:*) continue ;; esac
+    case $name in recover) continue ;; wait | recovered | states | seeds | adapted) recoveries_are_over ;; esac
     stage "$1" "$name" || failed=$?
   done
   return $failed
@@ -129,7 +137,7 @@ recoveries_are_over() { # waits for those of this very call
 }
 
 recoveries() {
-  local gpu=0 name rank options jobs=() failed=0
+  local gpu=1 name rank options jobs=() failed=0 # where SQuAD runs, which has fewer runs at a time
   for name in ${RECOVERIES:-magnitude wanda-384 wanda magnitude-384}; do
     options=()
     case $name in wanda*) options+=(--model.slope.mask_calibration_batches 16) ;; transposable*) options+=(--model.slope.mask transposable) ;; esac
@@ -145,7 +153,7 @@ recoveries() {
   return $failed
 }
 
-expected="masks, starts, recover, recovered, states, seeds, ranks, early or adapted"
+expected="masks, starts, recover, recovered, states, seeds, ranks, early, teachers, wait or adapted"
 stage=${2:?$expected}
 mkdir -p "$rows"
 [ "$stage" = recover ] || trap 'cp "$OUT"/*_minilm.csv "$rows/"' EXIT # when it is ended from outside, too

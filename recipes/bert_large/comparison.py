@@ -114,6 +114,8 @@ def add_options(parser: argparse.ArgumentParser, rates: str, sweep: str) -> None
     add("--in-process", action="store_true",
         help="many runs a process (with --jobs: in each of so many): saves the start of Python and torch")  # fmt: skip
     add("--budget-minutes", type=float, help="begin no run after so many minutes")
+    add("--prepare", action="store_true",
+        help="make only the dense runs that others start from; recovered checkpoints need not be there yet")  # fmt: skip
     add("--dry-run", action="store_true", help="list the runs that are missing and make none")
     add("--report", action="store_true", help="print the table and run nothing")
 
@@ -198,19 +200,22 @@ def run_all(
     done = {result.run for result in read(options.csv)}
     wanted = list(dict.fromkeys(wanted))  # --seeds 0 0
     missing = [run for run in wanted if run not in done]
-    check_recovered(missing, options.recovered)
+    if not options.prepare:
+        check_recovered(missing, options.recovered)
     print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them done.", flush=True)
     stages = _stages(missing, dense_rates)
     if before := [run for stage in stages for run in stage if _start_of(job, run) is None]:
         print(f"{len(before)} dense runs that others start from come first.", flush=True)
+    if options.prepare and not before:
+        print("--prepare: none of these runs starts from a dense one that is not there yet.", flush=True)
     if options.dry_run:
-        for run in [*before, *missing]:
+        for run in [*before, *([] if options.prepare else missing)]:
             print(f"  {run}")
         return 0
     failed: list[str] = []
     left = 0
     workers: Workers[Run, Result | None] = Workers(options.jobs, options.in_process)
-    for stage, batch in enumerate([*stages, missing]):
+    for stage, batch in enumerate(stages if options.prepare else [*stages, missing]):
         last = stage == len(stages)
         todo = [run for run in batch if (run not in done if last else _start_of(job, run) is None)]
         for run, result in workers.outcomes(

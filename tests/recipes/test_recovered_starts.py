@@ -148,6 +148,22 @@ def test_recovered_starts_are_checked_before_anything_runs(tmp_path, data, monke
         go(tmp_path, data, *arguments)
 
 
+def test_prepared_are_the_dense_runs_that_others_start_from_alone(tmp_path, data, capsys):
+    """So they can be made while a recovery runs; the comparison itself then finds them, and still asks for its checkpoint."""
+    asked = ["--methods", "sparse", "--starts", "teacher+recovered", "--recovered", str(tmp_path / "later"), "--seeds", "0", "1"]
+    assert go(tmp_path, data, *asked, "--prepare", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "2 dense runs that others start from come first.\n  rte, dense, rate 0.001, seed 0\n" in said
+    assert "teacher" not in said
+    assert go(tmp_path, data, *asked, "--prepare") == 0
+    assert [result.label for result in read(tmp_path / "results.csv")] == ["dense", "dense"]
+    capsys.readouterr()
+    assert go(tmp_path, data, *asked, "--prepare") == 0
+    assert "--prepare: none of these runs starts from a dense one that is not there yet." in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="later has neither"):
+        go(tmp_path, data, *asked)
+
+
 def test_recovered_starts_keep_the_masks_of_the_recovery(tmp_path, data, monkeypatch):
     """With a calibrated mask, of the checkpoint of the rank if there is one, whose adapters are awake; and a teacher."""
     folder = recovered(tmp_path, "--model.slope.mask_calibration_batches", "2", wanda=2, wanda_r4=3)
