@@ -13,7 +13,8 @@
 # seeds    of plain and recovered starts (or of STARTS="...", MASKS="...", SPARSE="arguments") at their best rates (or RATES="--rates ...",
 #          SQUAD_RATES likewise), METHODS (both), seeds 0 to 2; EPOCHS=6: then SQuAD with as many, dense and sparse
 # ranks    after masks: best rates, adapters of rank 0, 4, 16, 24, seeds 0 to 2
-# early    after masks: adapters of rank 4, 16, 24 awake from the first step, of every mask, and rank 0 where it has no row; SEEDS (0)
+# early    after masks: adapters of rank 4, 16, 24 awake from the first step, of every mask, and rank 0 where it has no row; SEEDS (0),
+#          SQUAD_SEEDS likewise
 # teachers the dense runs that `seeds` needs, made beside a recovery
 # wait     for the recoveries of this call
 # adapted  after seeds: likewise, of recovered starts with a teacher (and SPARSE="arguments"), Wanda's masks, seed 0, then 1 and 2
@@ -71,12 +72,13 @@ recover() { # GPU, name, arguments
   cp "$(find "$runs" -name result-fit.json | tail -n 1)" "$OUT/recover-$2.json"
 }
 
-masks=(--masks ${MASKS:-magnitude wanda transposable})
+every=(--masks magnitude wanda transposable)
+masks=(--masks ${MASKS:-${every[@]:1}})
 hidden="--model.teacher.hidden_weight"
 stage() { # glue or squad, stage
-  local failed=0 rates=(1e-4 2e-4) from=(--recovered "$recovered" --starts) weights=(4 16) more=() of_seeds=${RATES:---best-rates} # of recovered starts
+  local failed=0 rates=(1e-4 2e-4) from=(--recovered "$recovered" --starts) weights=(4 16) more=() of_seeds=${RATES:---best-rates} early_seeds=${SEEDS:-0}
   if [ "$1" = squad ]; then
-    rates=(2e-4 4e-4) weights=(16 64) of_seeds=${SQUAD_RATES:-$of_seeds}
+    rates=(2e-4 4e-4) weights=(16 64) of_seeds=${SQUAD_RATES:-$of_seeds} early_seeds=${SQUAD_SEEDS:-$early_seeds}
     [ ! -d "$recovered_long" ] || from[1]=$recovered_long
   fi
   case $2 in
@@ -106,8 +108,8 @@ stage() { # glue or squad, stage
       ;;
     ranks) $1 "${masks[@]}" --ranks 0 4 16 24 --best-rates --seeds 0 1 2 || failed=1 ;;
     early)
-      $1 --methods sparse "${masks[@]}" --best-rates --seeds ${SEEDS:-0} || failed=1
-      $1 --methods sparse "${masks[@]}" --ranks 4 16 24 --starts early --best-rates --seeds ${SEEDS:-0} || failed=1
+      $1 --methods sparse "${every[@]}" --best-rates --seeds $early_seeds || failed=1
+      $1 --methods sparse "${every[@]}" --ranks 4 16 24 --starts early --best-rates --seeds $early_seeds || failed=1
       ;;
     wait) ;;
     adapted)
