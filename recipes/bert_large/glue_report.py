@@ -1,5 +1,6 @@
 """The Markdown table of a GLUE comparison beside the published one, over the same tasks."""
 
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -50,9 +51,10 @@ def scores_at_best_rates(results: Sequence[Result]) -> dict[tuple[str, str], dic
     return found
 
 
-def dense_first(label: str) -> tuple[bool, str]:
-    """Order of methods."""
-    return label != "dense", label
+def dense_first(label: str) -> tuple[bool, list[tuple[int, str]]]:
+    """Order of methods; numbers in them count as such: r = 4 comes before r = 16."""
+    parts = re.findall(r"\d+|\D+", label)
+    return label != "dense", [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def report(results: Sequence[Result]) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recipes.bert_large import comparison, glue_all, glue_plan
-from recipes.bert_large.glue_report import PUBLISHED, best_rates, report
+from recipes.bert_large.glue_report import PUBLISHED, best_rates, dense_first, report
 from recipes.bert_large.glue_sample import write_sample
 from recipes.bert_large.ledger import Result, read
 from recipes.bert_large.methods import Run
@@ -297,6 +297,11 @@ def test_table_compares_the_same_tasks_and_averages_the_published_metrics():
     assert "| 2:4 magnitude, r = 0 | 1 | - | 58.00 | - | - | - |" in text  # no mean over another set of tasks
     assert "| dense | 81.2 | 66.4 | - | 73.80 | +0.00 |" in text
     assert "without cola, sst2, stsb, qqp, mnli, qnli" in text
+
+
+def test_methods_are_in_the_order_of_their_ranks():
+    labels = ["2:4 wanda, r = 16", "2:4 magnitude, r = 24", "2:4 wanda, r = 4, early", "dense", "2:4 wanda, r = 4"]
+    assert sorted(labels, key=dense_first) == [labels[i] for i in (3, 1, 4, 2, 0)]
 
 
 def test_ranks_against_gain():

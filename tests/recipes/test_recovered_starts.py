@@ -150,7 +150,8 @@ def test_recovered_starts_are_checked_before_anything_runs(tmp_path, data, monke
 
 def test_prepared_are_the_dense_runs_that_others_start_from_alone(tmp_path, data, capsys):
     """So they can be made while a recovery runs; the comparison itself then finds them, and still asks for its checkpoint."""
-    asked = ["--methods", "sparse", "--starts", "teacher+recovered", "--recovered", str(tmp_path / "later"), "--seeds", "0", "1"]
+    asked = ["--methods", "sparse", "--seeds", "0", "1", "--starts", "teacher+recovered"]
+    asked += ["--recovered", str(tmp_path / "later")]
     assert go(tmp_path, data, *asked, "--prepare", "--dry-run") == 0
     said = capsys.readouterr().out
     assert "2 dense runs that others start from come first.\n  rte, dense, rate 0.001, seed 0\n" in said
