@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from recipes import convergence
 from recipes.bert_large import compare
 from recipes.bert_large.glue_report import best_rates, paired, published, report, scores_at_best_rates
 from recipes.bert_large.ledger import read
@@ -127,6 +128,27 @@ def test_glue_over_three_seeds():
     cola = -statistics.mean(own.pop("cola"))
     others = -statistics.mean(map(statistics.mean, own.values()))
     assert f"CoLA loses {cola:.1f} of it, the other four tasks\n  {others:.1f} in the mean" in README
+
+
+def test_dense_runs_of_the_other_machine_end_alike():
+    """The 2:4 runs of three seeds are from another machine than the dense ones that they are set beside."""
+    rows = {(r.task, r.rate, r.seed): r.score for r in read(RESULTS / "glue_minilm.csv") if r.method == "dense"}
+    with (RESULTS / "glue_minilm_teachers_h200.csv").open(encoding="utf-8") as stream:
+        again = {(r["task"], float(r["rate"]), int(r["seed"])): float(r["score"]) for r in csv.DictReader(stream)}
+    assert sorted({(task, seed) for task, _, seed in again}) == sorted(
+        (task, seed) for task in GLUE for seed in range(3)
+    )
+    differences = [score - rows[run] for run, score in again.items()]
+    assert f"their scores end {-statistics.mean(differences):.2f} lower" in README
+    assert f"at most {max(map(abs, differences)):.1f} in one run" in README
+
+
+def test_adapters_of_bert_large_keep_their_direction():
+    points = convergence.read(RESULTS / "pretrain_novels/adapters.csv")
+    assert {point.kind for point in points} >= {"query", "key", "value", "output"}
+    awake = [point for point in points if point.since_wake > 0]
+    assert min(point.cosine_down for point in points) > 0.999
+    assert min(min(point.cosine_up, point.cosine_product) for point in awake) > 0.99
 
 
 def test_bert_large_from_its_own_pretraining():
